@@ -1,0 +1,153 @@
+"""The shared vocabulary of r1: what a problem, a completion and a rollout are.
+
+Standard library only, so that every package may import it without weight. All types are frozen:
+a stage of the pipeline returns new values (``dataclasses.replace``) instead of changing old ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # the policy ended it itself: end-of-sequence token or a stop string
+    LENGTH = "length"  # truncated by max_tokens or by the context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One task for the policy.
+
+    Attributes:
+        id: unique within its source and stable over runs; part of every sampling seed.
+        prompt: what the user asks, before any chat template.
+        answer: the gold answer in the form that the reward function expects (None when it needs none).
+        source: where it came from, e.g. ``reasoning_gym:chain_sum`` or ``jsonl:train.jsonl``.
+        metadata: further columns of the row (JSON-serialisable).
+    """
+
+    id: str
+    prompt: str
+    answer: Any = None
+    source: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 is greedy; > 0 divides the logits.
+        top_p: nucleus mass in (0, 1].
+        top_k: 0 keeps every token.
+        max_tokens: most tokens of one completion (>= 1).
+        stop: strings that end a completion (kept out of the text).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps every token), got {self.top_k}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, got {self.max_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What an engine sampled for one prompt.
+
+    Attributes:
+        prompt_token_ids: the prompt as the engine saw it, template included. [T_prompt]
+        token_ids: the sampled tokens, end-of-sequence included when it was sampled. [T]
+        text: the decoded tokens, special tokens kept, end-of-sequence left out.
+        rollout_logprobs: log-probability (nats) of each sampled token under the sampler's own
+            distribution, after temperature / top-p / top-k. [T]
+        finish_reason: why it ended.
+        policy_version: version of the weights that sampled it.
+        sample_index: position among the siblings of its problem, 0-based.
+        seed: the sampling seed of the request.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    rollout_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_version: int
+    sample_index: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """A completion with its scores.
+
+    Attributes:
+        completion: what was sampled.
+        scores: value by reward function; a function that did not apply, failed or timed out is absent.
+        errors: ``name -> "error: …" | "timeout: …"`` of the functions that failed. Never turned into a score.
+        metrics: further numbers that the reward functions report.
+        reward: weighted sum of the scores; None when any function failed (the rollout never trains).
+        advantage: filled by ``group_advantages``; None while unknown or when the rollout is left out.
+    """
+
+    completion: Completion
+    scores: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reward: float | None = None
+    advantage: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """All siblings sampled for one problem (``group_size`` of them, in sample order)."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+
+
+def sampling_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:
+    """Seed of one request in [0, 2^63): a hash of what is sampled, never of who samples it.
+
+    Results therefore do not depend on which worker drew them, in which order, or in which batch.
+    """
+    key = f"{run_seed}/{step}/{problem_id}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def group_to_json(group: RolloutGroup) -> dict[str, Any]:
+    """A JSON-serialisable form that ``group_from_json`` reads back without loss (floats by repr)."""
+    return asdict(group)
+
+
+def group_from_json(row: Mapping[str, Any]) -> RolloutGroup:
+    """Inverse of :func:`group_to_json`.
+
+    Raises:
+        KeyError, TypeError: the row was not written by :func:`group_to_json`.
+    """
+    rollouts = []
+    for item in row["rollouts"]:
+        c = dict(item["completion"])
+        for key in ("prompt_token_ids", "token_ids", "rollout_logprobs"):
+            c[key] = tuple(c[key])
+        c["finish_reason"] = FinishReason(c["finish_reason"])
+        rollouts.append(Rollout(**{**item, "completion": Completion(**c)}))
+    return RolloutGroup(problem=Problem(**row["problem"]), rollouts=tuple(rollouts))
