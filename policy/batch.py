@@ -1,0 +1,194 @@
+"""Rollouts and demonstrations -> packed micro-batches.
+
+The shift, once and for all. A sequence of T tokens, prompt first, is fed as tokens 0 .. T-2; input position n
+predicts token n+1. So the log-probability of token t is computed from the hidden state of position t-1, the last token
+is never fed (nothing is predicted from it), and the first token is never predicted.
+Worked example, prompt (5, 6), completion (7, 8, 9)::
+
+    input_ids     5      6      7      8
+    position_ids  0      1      2      3
+    predicts      6      7      8      9
+    loss_mask     False  True   True   True      # True where the predicted token was sampled
+    targets              7      8      9         # only these rows go through the LM head
+
+Shapes: N packed input tokens of a micro-batch, M of them under the loss (``loss_mask.sum()``), S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from rollout.types import FinishReason, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One sequence to learn from.
+
+    Attributes:
+        token_ids: prompt and completion. [T]
+        prompt_length: tokens of the prompt, >= 1 (the first token cannot be predicted), < T.
+        rollout_logprobs: the sampler's log-probability (nats) of each completion token; None for a
+            demonstration. [T - prompt_length]
+        advantage: of the whole completion; unused by supervised fine-tuning.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_length: int
+    rollout_logprobs: tuple[float, ...] | None = None
+    advantage: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prompt_length < 1:
+            raise ValueError("a sample needs a prompt of at least one token: nothing predicts its first token")
+        if self.prompt_length >= len(self.token_ids):
+            raise ValueError(
+                f"a sample needs at least one token after its prompt, got {len(self.token_ids)} tokens with a "
+                f"prompt of {self.prompt_length}"
+            )
+        completion = len(self.token_ids) - self.prompt_length
+        if self.rollout_logprobs is not None and len(self.rollout_logprobs) != completion:
+            raise ValueError(f"{len(self.rollout_logprobs)} rollout_logprobs for a completion of {completion} tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Sequences packed one after the other; attention must not cross ``segment_lengths``.
+
+    Attributes:
+        input_ids, position_ids: [1, N], int64; positions start at 0 in every segment.
+        segment_lengths: input tokens of each sequence, summing to N. S entries
+        loss_mask: True where the predicted token is under the loss. [N], bool
+        loss_index: the positions where ``loss_mask`` is True. [M], int64
+        targets: the predicted tokens under the loss. [M], int64
+        advantages: of the sequence of each target. [M], float64 (exact; the loss casts)
+        rollout_logprobs: the sampler's, of each target; None when the samples have none. [M], float64
+        sequence_index: which sample each target belongs to, as an index into what was packed. [M], int64
+        sequence_lengths: tokens under the loss in the sequence of each target. [M], int64
+        sample_index: index of each packed sequence into what was packed. S entries
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_lengths: list[int]
+    loss_mask: Tensor
+    loss_index: Tensor
+    targets: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor | None
+    sequence_index: Tensor
+    sequence_lengths: Tensor
+    sample_index: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens, N."""
+        return self.input_ids.shape[1]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens under the loss, M."""
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name in self.__dataclass_fields__
+            if isinstance(value := getattr(self, name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def samples_from_groups(groups: Iterable[RolloutGroup], *, mask_truncated: bool) -> list[Sample]:
+    """The rollouts that train, in order: those with an advantage.
+
+    Args:
+        groups: with advantages filled in (``group_advantages``).
+        mask_truncated: leave out completions cut off by the token limit (DAPO's overlong filtering). They
+            then do not count in the denominators of the loss either.
+    """
+    samples = []
+    for group in groups:
+        for rollout in group.rollouts:
+            completion = rollout.completion
+            if rollout.advantage is None:
+                continue
+            if mask_truncated and completion.finish_reason is FinishReason.LENGTH:
+                continue
+            samples.append(
+                Sample(
+                    token_ids=(*completion.prompt_token_ids, *completion.token_ids),
+                    prompt_length=len(completion.prompt_token_ids),
+                    rollout_logprobs=completion.rollout_logprobs,
+                    advantage=rollout.advantage,
+                )
+            )
+    return samples
+
+
+def pack(samples: Sequence[Sample], micro_batch_tokens: int) -> list[MicroBatch]:
+    """Cuts samples into micro-batches of similar lengths. Deterministic; every sample lands in exactly one.
+
+    Sequences are sorted by length, longest first (ties in the given order), and a micro-batch is filled until
+    sequences x longest would exceed ``micro_batch_tokens``. That bounds both the packed tokens and the padded
+    area of attention, and a batch that does not fit in memory fails at its first micro-batch, not at its last.
+
+    Args:
+        samples: what to pack; either all or none carry rollout_logprobs.
+        micro_batch_tokens: most tokens of a micro-batch, >= 1; a longer sequence gets one of its own.
+
+    Raises:
+        ValueError: ``micro_batch_tokens`` < 1, or only some samples carry rollout_logprobs.
+    """
+    if micro_batch_tokens < 1:
+        raise ValueError(f"micro_batch_tokens must be >= 1, got {micro_batch_tokens}")
+    with_logprobs = sum(sample.rollout_logprobs is not None for sample in samples)
+    if with_logprobs not in (0, len(samples)):
+        raise ValueError(
+            f"{len(samples) - with_logprobs} of {len(samples)} samples have no rollout_logprobs: "
+            "give them to all samples or to none"
+        )
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
+    batches: list[MicroBatch] = []
+    rows: list[int] = []
+    for index in order:
+        longest = len(samples[rows[0]].token_ids) - 1 if rows else 0
+        if rows and (len(rows) + 1) * longest > micro_batch_tokens:
+            batches.append(_micro_batch(samples, rows))
+            rows = []
+        rows.append(index)
+    if rows:
+        batches.append(_micro_batch(samples, rows))
+    return batches
+
+
+def _micro_batch(samples: Sequence[Sample], rows: list[int]) -> MicroBatch:
+    chosen = [samples[i] for i in rows]
+    lengths = [len(s.token_ids) - 1 for s in chosen]
+    completions = torch.tensor([len(s.token_ids) - s.prompt_length for s in chosen])
+    starts = [0, *accumulate(lengths)]
+    loss_mask = torch.zeros(starts[-1], dtype=torch.bool)
+    for start, end, sample in zip(starts, starts[1:], chosen, strict=False):
+        loss_mask[start + sample.prompt_length - 1 : end] = True
+    rollout_logprobs = None
+    if chosen[0].rollout_logprobs is not None:
+        rollout_logprobs = torch.tensor([p for s in chosen for p in s.rollout_logprobs or ()], dtype=torch.float64)
+    return MicroBatch(
+        input_ids=torch.tensor([[t for s in chosen for t in s.token_ids[:-1]]]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        segment_lengths=lengths,
+        loss_mask=loss_mask,
+        loss_index=loss_mask.nonzero().squeeze(1),
+        targets=torch.tensor([t for s in chosen for t in s.token_ids[s.prompt_length :]]),
+        advantages=torch.tensor([s.advantage for s in chosen], dtype=torch.float64).repeat_interleave(completions),
+        rollout_logprobs=rollout_logprobs,
+        sequence_index=torch.tensor(rows).repeat_interleave(completions),
+        sequence_lengths=completions.repeat_interleave(completions),
+        sample_index=list(rows),
+    )

@@ -1,0 +1,44 @@
+"""What the policy package measures: every metric, declared once. Standard library only: recipes load without torch.
+
+``{i}`` in a name stands for the index of a layer of the model.
+"""
+
+from __future__ import annotations
+
+LEARNER_METRICS: dict[str, str] = {
+    "learner/loss": "The loss that was minimised, mean over the optimizer steps of this batch (dimensionless).",
+    "learner/grad_norm": "Global L2 norm of the gradient before clipping, mean over the optimizer steps of this batch.",
+    "learner/lr": "Learning rate of the last optimizer step.",
+    "learner/clip_fraction_low": "Share of trained tokens with a ratio below 1 - clip_low and a negative advantage.",
+    "learner/clip_fraction_high": "Share of trained tokens with a ratio above 1 + clip_high and a positive advantage.",
+    "learner/entropy": "Mean entropy of the policy's next-token distribution on the trained tokens, nats.",
+    "learner/kl_ref": "Mean KL term to the reference policy as it enters the loss, before kl_coef, nats per token.",
+    "learner/approx_kl": "Mean k3 estimate of KL(old policy || current policy) on the trained tokens, nats per token.",
+    "learner/ratio_max": "Largest importance ratio exp(logprobs - old_logprobs) of the batch.",
+    "learner/tokens": "Tokens that went through the policy for this batch, prompts included, padding excluded.",
+    "learner/loss_tokens": "Sampled (or demonstrated) tokens under the loss.",
+    "learner/sequences": "Sequences under the loss.",
+    "learner/tokens_per_s": "learner/tokens over the seconds of the whole call.",
+    "learner/optimizer_steps": "Optimizer steps taken since the stage began.",
+    "learner/skipped": "1 when the batch held nothing to learn from and no optimizer step was taken, else 0.",
+    "mismatch/mean_abs": "Mean |old_logprobs - rollout_logprobs| over the trained tokens, nats.",
+    "mismatch/max_abs": "Largest |old_logprobs - rollout_logprobs| of the batch, nats.",
+    "mismatch/k3": "Mean k3 estimate of KL(sampler || learner before the update), nats per token.",
+    "mismatch/capped_fraction": "Share of trained tokens whose importance weight was cut at importance_cap.",
+    "router/load_max_over_mean/layer_{i}": "Tokens of the busiest expert over the mean of all experts, 1 is balanced.",
+}
+
+ADVANTAGE_METRICS: dict[str, str] = {
+    "advantage/mean": "Mean advantage of the rollouts that train.",
+    "advantage/std": "Standard deviation (n - 1) of the advantages of the rollouts that train.",
+    "advantage/min": "Smallest advantage of the rollouts that train.",
+    "advantage/max": "Largest advantage of the rollouts that train.",
+    "groups/total": "Groups in the batch.",
+    "groups/trained": "Groups that carry a gradient.",
+    "groups/dropped_zero_variance": "Groups left out because all their rewards are equal.",
+    "groups/dropped_unscored": "Groups left out because fewer than two of their rollouts have a reward.",
+    "groups/all_positive": "Groups whose scored rollouts all have a reward above 0.",
+    "groups/none_positive": "Groups none of whose scored rollouts has a reward above 0.",
+    "rollouts/unscored": "Rollouts without a reward, because a reward function failed; they never train.",
+    "rollouts/positive_share": "Share of the scored rollouts with a reward above 0.",
+}

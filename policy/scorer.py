@@ -1,0 +1,120 @@
+"""Log-probabilities of a micro-batch under any causal language model.
+
+Shapes: N packed input tokens, M of them under the loss, S sequences, L the longest, H hidden width.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from policy.batch import MicroBatch
+from policy.logprobs import token_logprobs
+from policy.model import PolicyModel
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What a model says about the tokens under the loss of one micro-batch.
+
+    Attributes:
+        logprobs: log-probability of each target, nats, with gradient. [M]
+        entropy: of the distribution each target was drawn from, nats, without gradient. [M]
+        router_load: tokens sent to each expert. [MoE layers, experts]; None for a model without counts.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    router_load: Tensor | None
+
+
+class TokenScorer:
+    """A model and how its head is computed; calling it scores a micro-batch.
+
+    A ``PolicyModel`` runs on the packed tokens. Any other transformers causal LM runs on a padded batch, and its hidden
+    states are packed afterwards; from there the path is the same. Only hidden states that predict a token under the
+    loss pass the LM head.
+
+    Args:
+        model: the policy or the reference. Put into eval mode: the sampler has no dropout either.
+        chunk: tokens whose logits exist at once.
+        fp32_head: compute the LM head in fp32.
+
+    Raises:
+        ValueError: the model has no linear LM head on top of its hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk: int, fp32_head: bool = False) -> None:
+        self.model = model.eval()
+        self._chunk = chunk
+        self._fp32_head = fp32_head
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or model.base_model is model:
+            raise ValueError(
+                f"{type(model).__name__} is not a causal language model with a linear head: load one with "
+                "AutoModelForCausalLM"
+            )
+        self._head = head
+        if not isinstance(model, PolicyModel):
+            self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where micro-batches are computed."""
+        return self._head.weight.device
+
+    def __call__(self, micro: MicroBatch, temperature: float) -> TokenScores:
+        """Scores the tokens under the loss at ``temperature`` (> 0). ``micro`` lies on ``device``."""
+        hidden, load = self._hidden(micro)
+        logprobs, entropy = token_logprobs(
+            hidden.index_select(0, micro.loss_index),
+            self._head.weight,
+            micro.targets,
+            chunk=self._chunk,
+            temperature=temperature,
+            fp32=self._fp32_head,
+            head_bias=self._head.bias,
+        )
+        return TokenScores(logprobs, entropy, load)
+
+    def _hidden(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [N, H] after the last norm, and the router's load."""
+        if isinstance(self.model, PolicyModel):
+            out = self.model.hidden_states(
+                micro.input_ids, position_ids=micro.position_ids, segment_lengths=micro.segment_lengths
+            )
+            return out.hidden, out.router_load
+        rows, longest = len(micro.segment_lengths), max(micro.segment_lengths)
+        lengths = torch.tensor(micro.segment_lengths, device=self.device)
+        slots = (torch.arange(longest, device=self.device) < lengths[:, None]).flatten().nonzero().squeeze(1)
+        padded = micro.input_ids.new_zeros(rows * longest).index_copy_(0, slots, micro.input_ids[0])
+        # Padding stands behind every real token, where causal attention does not look: a mask would change nothing and
+        # keep SDPA from its fast causal kernel.
+        hidden = self._backbone(padded.view(rows, longest))
+        return hidden.flatten(0, 1).index_select(0, slots), None
+
+    def _backbone(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, H]"""
+        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Some models scale or cap their logits after the head; then hidden states and head would not be the policy."""
+        probe = torch.arange(4, device=self.device)[None] % self._head.out_features
+        logits = self.model(input_ids=probe, use_cache=False).logits.float()
+        ours = self._head(self._backbone(probe)).float()
+        if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{type(self.model).__name__} changes its logits after the LM head (soft-capping or scaling): the "
+                "learner would train another policy than the one that samples; choose a model without it"
+            )
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose weights stay as they are: the reference policy of the KL term."""
+    return cast(PreTrainedModel, copy.deepcopy(model)).eval().requires_grad_(False)
