@@ -1,0 +1,176 @@
+"""What a reward function is, how it is found, and how its arguments are filled in. Standard library only.
+
+A plain reward function receives what it names:
+
+    def concise(completion: Completion, problem: Problem) -> float | Score | None:
+        return 1.0 if len(completion.token_ids) < 200 else 0.0
+
+``None`` means "does not apply". Whatever it raises is recorded as an error and never becomes a score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rollout.types import Completion
+
+RewardFn = Callable[..., Any]  # float | Score | None, or an awaitable of one; other styles return lists or dicts
+STYLES = ("plain", "trl", "trl_chat", "verl")
+
+BUILT_IN = {
+    "accuracy": "rewards.accuracy:accuracy",
+    "random": "rewards.base:random_coin",
+    "reasoning_gym": "rewards.reasoning_gym:reasoning_gym",
+    "thinking_format": "rewards.thinking_format:thinking_format",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A score with further numbers to log.
+
+    Attributes:
+        value: the score itself; None when the function does not apply.
+        metrics: logged as the mean over completions, under ``reward/<function>/<metric>``.
+    """
+
+    value: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One reward function of a rubric.
+
+    Attributes:
+        path: name of a built-in (accuracy, random, reasoning_gym, thinking_format), ``module:function`` or
+            ``file.py:function``.
+        name: what it is called in scores and metrics; the function's own name when left out.
+        weight: factor of its score in the reward; 0 only logs it.
+        style: calling convention: ``plain``, ``trl`` (prompts and completions as texts), ``trl_chat`` (as messages),
+            ``verl`` (compute_score).
+        timeout_s: deadline of one call, seconds, > 0; the process that overruns it is killed.
+        retries: further attempts after a failure, >= 0.
+        params: further keyword arguments of the function.
+    """
+
+    path: str
+    name: str = ""
+    weight: float = 1.0
+    style: str = "plain"
+    timeout_s: float = 10.0
+    retries: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path not in BUILT_IN and not all(self.path.rpartition(":")):
+            known = ", ".join(BUILT_IN)
+            raise ValueError(f"reward path must be {known}, module:function or file.py:function, got {self.path!r}")
+        if self.style not in STYLES:
+            raise ValueError(f"reward style must be one of {', '.join(STYLES)}, got {self.style!r}")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of reward {self.path!r} must be finite, got {self.weight}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"the timeout_s of reward {self.path!r} must be > 0, got {self.timeout_s}")
+        if self.retries < 0:
+            raise ValueError(f"the retries of reward {self.path!r} must be >= 0, got {self.retries}")
+        if not self.name:
+            object.__setattr__(self, "name", self.path.rpartition(":")[2])
+
+
+def resolve(path: str, search: Sequence[str] = ()) -> RewardFn:
+    """The function behind a built-in name, ``module:function`` or ``file.py:function``.
+
+    Args:
+        search: folders where modules and files are looked for, after the import path.
+
+    Raises:
+        ValueError: no such module, file or function, or it is not callable. An exception that the module raises while
+            it is imported passes through.
+    """
+    module_name, _, attribute = BUILT_IN.get(path, path).rpartition(":")
+    module = _load_file(module_name, search) if module_name.endswith(".py") else _load_module(module_name, path, search)
+    target: Any = module
+    for part in attribute.split("."):
+        target = getattr(target, part, None)
+        if target is None:
+            raise ValueError(f"reward {path!r}: {module_name} has no {attribute!r}")
+    if not callable(target) or inspect.isclass(target):
+        raise ValueError(f"reward {path!r} is a {type(target).__name__}, not a function")
+    return target
+
+
+def _load_module(name: str, path: str, search: Sequence[str]) -> Any:
+    sys.path.extend(folder for folder in search if folder not in sys.path)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise  # the module is there, something that it imports is not
+        known = ", ".join(sorted(BUILT_IN))
+        raise ValueError(f"reward {path!r}: no module {error.name!r}; built in are {known}") from error
+
+
+def _load_file(name: str, search: Sequence[str]) -> Any:
+    candidates = [Path(name).expanduser(), *(Path(folder) / name for folder in search)]
+    file = next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise ValueError(
+            f"the reward file {name} is not there (looked in {', '.join(str(c.parent) for c in candidates)})"
+        )
+    module_name = f"_reward_file_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look modules up by name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def preloads(*modules: str) -> Callable[[RewardFn], RewardFn]:
+    """Names heavy modules that a reward function imports when it is called.
+
+    They are imported once, before the processes that call it are made, and so never count against a deadline.
+    """
+
+    def mark(function: RewardFn) -> RewardFn:
+        function.__dict__["preloads"] = modules
+        return function
+
+    return mark
+
+
+def preload(function: RewardFn) -> None:
+    """Imports what :func:`preloads` names.
+
+    Raises:
+        ImportError: one of the modules is not there.
+    """
+    for module in getattr(function, "preloads", ()):
+        importlib.import_module(module)
+
+
+def random_coin(completion: Completion, *, seed: int = 0, probability: float = 0.5) -> float:
+    """A coin that knows nothing of the answer: the control that no recipe may learn from.
+
+    The same completion drawn with the same sampling seed always gets the same side; the sampling seed takes part so
+    that no text is favoured for good.
+    """
+    key = f"{seed}/{completion.seed}/{completion.prompt_token_ids}/{completion.token_ids}".encode()
+    draw = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+    return 1.0 if draw < probability else 0.0

@@ -1,0 +1,132 @@
+"""Calling conventions: argument injection, TRL and verl styles, and what counts as a score."""
+
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from rewards import Score
+from rewards.base import RewardConfig
+from rewards.calling import CallTimeout, as_score, bind
+from rollout.types import Problem
+from tests.unit.reward_groups import group, reward
+
+ROW = Problem(id="r", prompt="1+0", answer="1", metadata={"solution": "1", "level": 5})
+
+
+def values(config: RewardConfig, of=None, forced_think: bool = True) -> list[float | None]:
+    bound, of = bind(config), of or group(2)
+    calls = [None] if bound.whole_group else range(len(of.rollouts))
+    found = [each for index in calls for each in bound.call(of, index, forced_think)]
+    assert all(isinstance(each, Score) for each in found), found
+    return [each.value for each in found if isinstance(each, Score)]
+
+
+def test_a_function_gets_what_it_names():
+    assert values(reward("length")) == [1.0, 2.0]
+    assert values(reward("sees_everything")) == [1.0, 1.0]
+    assert values(reward("sees_everything"), forced_think=False) == [0.0, 0.0]
+
+
+def test_params_are_arguments():
+    assert values(reward("with_metrics", params={"scale": 0.5}), group(3)) == [0.0, 0.5, 1.0]
+    assert bind(reward("with_metrics")).call(group(2), 1, True) == [Score(value=1.0, metrics={"index": 1.0})]
+
+
+def test_none_does_not_apply():
+    assert values(reward("only_even")) == [1.0, None]
+
+
+def test_callable_objects_and_methods():
+    assert values(reward("judge")) == [3.0, 3.0]
+    assert values(reward("judge.later")) == [4.0, 4.0]
+
+
+def test_trl_functions_get_lists_and_columns():
+    assert values(reward("trl_lengths", style="trl")) == [10.0, 10.0]
+    assert values(reward("trl_columns", style="trl"), group(2, problem=ROW)) == [5.0, 5.0]
+    assert values(reward("trl_columns", style="trl"), group(2, problem=ROW, text="x")) == [None, None]
+    assert values(reward("trl_chat", style="trl_chat")) == [10.0, 10.0]
+    assert values(reward("trl_async", style="trl")) == [2.0, 2.0]
+
+
+def test_a_trl_function_must_answer_for_every_completion():
+    with pytest.raises(TypeError, match="a list of 3 numbers, got 1 values"):
+        bind(reward("trl_short", style="trl")).call(group(3), None, True)
+
+
+def test_a_column_that_is_not_there_is_the_functions_own_error():
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'solution' and 'level'"):
+        bind(reward("trl_columns", style="trl")).call(group(2), None, True)
+
+
+def test_verl_functions():
+    problem = Problem(id="v", prompt="1+0", answer="1", metadata={"data_source": "math", "extra_info": {"index": 4}})
+    assert values(reward("compute_score", style="verl"), group(2, problem=problem)) == [1.0, 1.0]
+    found = bind(reward("compute_score_dict", style="verl")).call(group(1), 0, True)
+    assert found == [Score(value=0.5, metrics={"acc": 1.0})]
+
+
+def test_async_calls_of_a_group_overlap_and_fail_one_by_one():
+    assert values(reward("waits"), group(3)) == [0.0, 1.0, 2.0]
+    fine, failed, late, own = bind(reward("some_fail", timeout_s=0.2)).call(group(4), None, True)
+    assert fine == Score(value=1.0)
+    assert isinstance(failed, OSError)
+    assert isinstance(late, CallTimeout) and str(late) == "no result after 0.2 s"
+    assert type(own) is TimeoutError  # the function's own is an error like any other
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (reward("asks_too_much"), "asks for 'trainer_state': name one of completion, problem, rollout, group"),
+        (reward("length", params={"scale": 2}), "takes no parameter 'scale'; it has completion"),
+        (reward("asks_too_much", style="verl"), "asks for 'completion': name one of data_source"),
+    ],
+)
+def test_arguments_that_nobody_gives_are_refused_before_the_first_call(config, message):
+    with pytest.raises(ValueError, match=message):
+        bind(config)
+
+
+def test_a_missing_argument_may_come_from_params():
+    assert values(reward("asks_too_much", params={"trainer_state": None})) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1.0),
+        (True, 1.0),
+        (0.25, 0.25),
+        (Fraction(1, 4), 0.25),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (None, None),
+        (Score(value=None), None),
+        ({"score": 0.5}, 0.5),
+    ],
+)
+def test_what_counts_as_a_score(value, expected):
+    score = as_score(value)
+    assert score.value == expected and (score.value is None or type(score.value) is float)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (float("nan"), ValueError),
+        (float("-inf"), ValueError),
+        ("1.0", TypeError),
+        ([1.0], TypeError),
+        (Decimal("1"), TypeError),
+        ({"reward": 1.0}, TypeError),
+        (Score(value=float("nan")), ValueError),
+        (Score(value=1.0, metrics={"m": float("inf")}), ValueError),
+        ({"score": 1.0, "m": float("nan")}, ValueError),
+    ],
+)
+def test_what_does_not_is_an_error_and_never_zero(value, error):
+    with pytest.raises(error):
+        as_score(value)
