@@ -1,0 +1,254 @@
+"""The console script ``r1``. Imports nothing heavy before a verb is known to need it.
+
+Exit status: 0 done, 1 failed, 2 wrong usage. An error is one line on standard error; with ``--json`` standard output
+holds exactly one object, whatever happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from pipelines.config import LoadedRecipe
+
+_DONE, _FAILED, _USAGE = 0, 1, 2
+
+_FORESEEN = {
+    "pipelines.weight_sync": "AttestationError",
+    "pipelines.rollout_pool": "WorkerFailure",
+    "rewards.rubric": "RewardFailure",
+    "rewards.pool": "PoolBroken",
+    "rollout.engine": "EngineDied",
+}
+"""Exceptions besides ValueError and OSError whose message says everything; looked up only in what is imported."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(_USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb, options = _parse(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    with _one_object(options.json) as answer:
+        status = _guarded(verb, options, answer)
+    if options.json:
+        _print_json(answer)
+    return status
+
+
+def _parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], argparse.Namespace]:
+    top = _Parser(
+        prog="r1", usage="r1 VERB …", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+        description="Trains a policy to reason, from one YAML recipe.",
+        epilog="verbs:\n" + "".join(f"  {name:<6} {about}\n" for name, (_, _, about) in _VERBS.items())
+        + "\n`r1 VERB --help` explains a verb.",
+    )  # fmt: skip
+    top.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    top.add_argument("-h", "--help", action="store_true", help="show this help")
+    if argv and not argv[0].startswith("-") and argv[0] not in _VERBS:
+        top.error(f"there is no verb {argv[0]!r}; there are {', '.join(_VERBS)}")
+    chosen = top.parse_args(argv[:1])
+    if chosen.help or chosen.verb is None:
+        top.print_help(sys.stdout if chosen.help else sys.stderr)
+        raise SystemExit(_DONE if chosen.help else _USAGE)
+    run, add_arguments, about = _VERBS[chosen.verb]
+    parser = _Parser(prog=f"r1 {chosen.verb}", description=about)
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_intermixed_args(argv[1:])
+    for override in options.overrides:
+        if "=" not in override:
+            parser.error(f"an override is written a.b=value, got {override!r}")
+    return run, options
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a shipped recipe, or path of a YAML file")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", metavar="a.b=value", nargs="*",
+        help="replace a value of the recipe; a stage is named by its index, name or kind: stages.grpo.steps=5",
+    )  # fmt: skip
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--dry-run", action="store_true", help="resolve and check everything without starting")
+    parser.add_argument("--fresh", action="store_true", help="start over; an existing run folder is moved aside")
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument("--docs", action="store_true", help="put the meaning of every key above it")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub id, a run folder, or a stage folder")
+    _add_overrides(parser)
+    parser.add_argument(
+        "--recipe", metavar="RECIPE",
+        help="whose held-out sets to evaluate; a run folder as MODEL brings its own",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", type=Path, help="keep completions and results.json in this folder")
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    loaded = _load(options.recipe, options.overrides)
+    from pipelines.run import run_recipe
+
+    with _terminated_like_interrupted():
+        summary = run_recipe(loaded, fresh=options.fresh, dry_run=options.dry_run)
+    if options.dry_run:
+        print(f"{loaded.source}: everything is in order; nothing was started")
+        return summary
+    from rich.console import Console
+
+    from pipelines.run_dir import brief
+    from pipelines.summary import draw_picture, print_summary
+
+    folder = Path(loaded.recipe.run.dir).expanduser() / loaded.recipe.name
+    draw_picture(folder, loaded.recipe)
+    print_summary(folder, loaded.recipe, Console())
+    return {**summary, "stages": [brief(stage) for stage in summary["stages"]]}
+
+
+def _show(options: argparse.Namespace) -> dict[str, Any]:
+    from pipelines.show import recipe_json, render_recipe
+
+    loaded = _load(options.recipe, options.overrides)
+    if not options.json:
+        sys.stdout.write(render_recipe(loaded, docs=options.docs))
+        return {}
+    return recipe_json(loaded)
+
+
+def _eval(options: argparse.Namespace) -> dict[str, Any]:
+    from pipelines.run_dir import brief, model_folder
+
+    path = Path(options.model).expanduser()
+    own = path / "recipe.resolved.yaml"
+    if options.recipe is None and not own.is_file():
+        raise ValueError("--recipe is missing: it names the recipe whose held-out sets are evaluated")
+    loaded = _load(options.recipe or str(own), options.overrides)
+    model = str(model_folder(path)) if path.exists() else options.model
+    from pipelines.evaluate import evaluate_model
+
+    with _terminated_like_interrupted():
+        results = evaluate_model(model, loaded, out=options.out)
+    from rich.console import Console
+
+    from evals.report import summary_table
+    from pipelines.summary import set_results
+
+    Console().print(summary_table(set_results(results["results"]), {}))
+    return brief(results)
+
+
+_VERBS = {
+    "run": (_run, _add_run, "run a recipe, or go on with it where it stopped"),
+    "show": (_show, _add_show, "show the resolved recipe, each value with where it came from"),
+    "eval": (_eval, _add_eval, "evaluate a checkpoint on the held-out sets of a recipe"),
+}
+
+
+def _load(recipe: str, overrides: Sequence[str]) -> LoadedRecipe:
+    from pipelines.config import load_recipe
+
+    return load_recipe(recipe, overrides)
+
+
+def _guarded(
+    verb: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace, answer: dict[str, Any]
+) -> int:
+    """Runs a verb and turns what it raises into one line and an exit status."""
+    try:
+        answer.update(verb(options))
+        sys.stdout.flush()
+        return _DONE
+    except BrokenPipeError:  # `r1 show … | head`: the reader has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _DONE
+    except KeyboardInterrupt:
+        return _fail(answer, "interrupted; the same command goes on from here", "KeyboardInterrupt")
+    except Exception as error:  # the outermost boundary: whatever happens ends in one line
+        if options.debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or "no message"
+        if not isinstance(error, (ValueError, OSError, *_foreseen())):
+            text = f"{type(error).__name__}: {text}"
+            text += "" if options.debug else "; run with --debug for the traceback"
+        return _fail(answer, text, type(error).__name__)
+
+
+def _fail(answer: dict[str, Any], text: str, kind: str) -> int:
+    print(f"r1: {text}", file=sys.stderr)
+    answer.clear()
+    answer.update({"error": text, "type": kind})
+    return _FAILED
+
+
+def _foreseen() -> tuple[type[BaseException], ...]:
+    modules = ((sys.modules.get(module), name) for module, name in _FORESEEN.items())
+    return tuple(found for module, name in modules if isinstance(found := getattr(module, name, None), type))
+
+
+@contextmanager
+def _one_object(json_wanted: bool) -> Iterator[dict[str, Any]]:
+    """With ``--json``: whatever else is printed meanwhile, by child processes too, goes to standard error."""
+    answer: dict[str, Any] = {}
+    if not json_wanted:
+        yield answer
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield answer
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    with suppress(BrokenPipeError):
+        print(json.dumps(answer, default=str), flush=True)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """A polite kill (SIGTERM) ends a run as Ctrl-C does: processes are ended and the run folder is let go."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The ``eval`` stage: held-out sets on the live engines, sampled and greedy, with 95 % intervals."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.files import write_atomic
+from rewards.rubric import RubricConfig
+from rollout.prompts import DataConfig
+from rollout.types import SamplingParams
+
+if TYPE_CHECKING:
+    from pipelines.config import LoadedRecipe
+    from pipelines.run_dir import StageDir
+    from pipelines.tracking import Tracker
+    from pipelines.workers import Workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutSet:
+    """Problems that no stage trains on.
+
+    Attributes:
+        name: how results are named.
+        data: where the problems come from; ``data.size`` of them.
+        samples: completions per problem at ``sampling`` (k).
+        greedy: also one completion per problem at temperature 0.
+        sampling: how the k samples are drawn.
+        template: how a prompt is rendered: ``chat`` | ``r1-zero`` | ``raw``.
+        rewards: what judges a completion; the first function decides (a score >= 1 passes).
+    """
+
+    name: str
+    data: DataConfig
+    rewards: RubricConfig
+    samples: int = 8
+    greedy: bool = True
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    template: str = "chat"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be >= 1, got {self.samples}")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"a set's name must be non-empty and without '/', got {self.name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalStage:
+    """Evaluation of the policy as the stage before left it.
+
+    Attributes:
+        kind, name: the stage's kind and the name of its folder.
+        sets: the held-out sets.
+    """
+
+    kind: str = "eval"
+    name: str = "eval"
+    sets: tuple[HeldoutSet, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise ValueError("sets is empty: name at least one held-out set")
+        names = [item.name for item in self.sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names of held-out sets must differ, got {', '.join(names)}")
+
+
+def run_eval(stage: EvalStage, workers: Workers, folder: StageDir, tracker: Tracker) -> dict[str, Any]:
+    """Evaluates every set; returns ``{"results": {set: {"pass_at_1", "ci95", "greedy", "n", "k", …}}}``.
+
+    Finished groups are kept in the stage's folder, so that a killed evaluation draws only what is missing.
+
+    Raises:
+        AttestationError: the engines do not hold the weights that are to be evaluated.
+    """
+    workers.sync_weights(0)
+    finished = 0
+
+    def advance(samples: int) -> None:
+        nonlocal finished
+        finished += samples
+        tracker.advance_eval(finished)
+
+    return {"results": evaluate_sets(stage.sets, workers, folder, tag="eval", advance=advance)}
+
+
+def evaluate_sets(
+    sets: Sequence[HeldoutSet],
+    workers: Workers,
+    folder: StageDir,
+    *,
+    tag: str,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> dict[str, dict[str, Any]]:
+    """Draws and scores the sets under the current weights; ``tag`` names their journals in the folder."""
+    from evals.run import evaluate_set
+
+    results: dict[str, dict[str, Any]] = {}
+    for item in sets:
+        sampled = workers.heldout_rollouts(item, folder, tag=tag, greedy=False, advance=advance)
+        greedy = workers.heldout_rollouts(item, folder, tag=tag, greedy=True, advance=advance) if item.greedy else None
+        results[item.name] = evaluate_set(item.name, sampled, greedy=greedy, judge=item.rewards.judge).to_json()
+    return results
+
+
+def completions_of(stage: EvalStage) -> int:
+    """Completions that an evaluation draws."""
+    return sum(item.data.size * (item.samples + item.greedy) for item in stage.sets)
+
+
+def evaluate_model(model: str, loaded: LoadedRecipe, *, out: Path | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint on the held-out sets of a recipe.
+
+    Args:
+        model: Hugging Face folder or hub id.
+        loaded: the recipe whose held-out sets are drawn.
+        out: keep completions and ``results.json`` here and go on from what is there; None keeps nothing.
+
+    Returns:
+        ``{"model", "results": {set: {"pass_at_1", "ci95", "greedy", "n", "k", …}}}``.
+
+    Raises:
+        ValueError: the recipe has no held-out set, or the model cannot be loaded.
+    """
+    from pipelines.problem_sets import ProblemSets
+    from pipelines.run import run_recipe
+    from policy.config import ModelConfig
+
+    sets = {item.name: item for item in ProblemSets(loaded.recipe).heldout_sets()}
+    if not sets:
+        raise ValueError(f"{loaded.source} has no held-out set: add an eval stage to it, or name another --recipe")
+    stage = EvalStage(sets=tuple(sets.values()))
+    with tempfile.TemporaryDirectory(prefix="r1-eval-") as scratch:
+        folder = Path(scratch) / "eval" if out is None else out.expanduser().absolute()
+        recipe = replace(
+            loaded.recipe, name=folder.name, stages=(stage,), run=replace(loaded.recipe.run, dir=str(folder.parent)),
+            model=ModelConfig(path=model, dtype=loaded.recipe.model.dtype),
+        )  # fmt: skip
+        summary = run_recipe(replace(loaded, recipe=recipe))
+        answer = {"model": model, "results": summary["stages"][0]["results"]}
+        if out is not None:
+            write_atomic(folder / "results.json", json.dumps(answer, indent=2) + "\n")
+    return answer

@@ -1,0 +1,177 @@
+"""A recipe is a list of stages: check everything, run them in order, go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.evaluate import EvalStage, completions_of, run_eval
+from pipelines.grpo import GrpoStage, check_gate, train_grpo
+from pipelines.problem_sets import ProblemSets
+from pipelines.run_dir import RunDir, StageDir
+from pipelines.schema import plain
+from pipelines.sft import SftStage, resolve_target, train_sft
+from pipelines.tracking import Tracker
+from rewards.calling import bind
+from rewards.rubric import RubricConfig
+from rollout.types import Problem
+
+if TYPE_CHECKING:
+    from pipelines.config import LoadedRecipe, Recipe
+    from pipelines.workers import Workers
+
+
+def run_recipe(loaded: LoadedRecipe, *, fresh: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Runs a recipe, or goes on with it; returns the run's summary.
+
+    Args:
+        loaded: the recipe and where its values came from.
+        fresh: move an existing run folder aside and start over.
+        dry_run: check everything that can be checked without starting a process, and return what was found.
+
+    Raises:
+        ValueError: something in the recipe, its data, its model or its reward functions is not usable.
+        OSError: the run folder cannot be written.
+    """
+    recipe = loaded.recipe
+    # A user's own modules (rewards, data rewrites) are found in the working directory and beside the recipe.
+    sys.path.extend(p for p in (str(Path.cwd()), str(Path(loaded.source).absolute().parent)) if p not in sys.path)
+    problems = ProblemSets(recipe)
+    report = check_recipe(recipe, problems)
+    if dry_run:
+        return report
+    with RunDir.open(recipe.run.dir, loaded, fresh=fresh) as run:
+        folders = [run.stage(index, stage.name, stage.kind) for index, stage in enumerate(recipe.stages)]
+        if any(folder.done is None for folder in folders):
+            run.write_summary(summary_of(recipe, folders))
+            _run_stages(recipe, run, folders, problems)
+        summary = summary_of(recipe, folders)
+        run.write_summary(summary)
+        return summary
+
+
+def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
+    """Loads data, resolves functions and finds the model, so that a run does not fail late.
+
+    Returns:
+        ``{"name", "seed", "stages": [{"name", "kind", "problems", …}]}``.
+
+    Raises:
+        ValueError: names what is missing and where.
+    """
+    from policy.checkpoint import check_model
+
+    check_model(recipe.model)
+    stages = []
+    for stage in recipe.stages:
+        entry: dict[str, Any] = {"name": stage.name, "kind": stage.kind}
+        if isinstance(stage, SftStage | GrpoStage):
+            entry["problems"] = len(problems.training(stage.data))
+            entry["steps"] = stage.steps
+        if isinstance(stage, SftStage):
+            _check_target(stage, problems.training(stage.data)[0])
+        if isinstance(stage, GrpoStage):
+            _check_rewards(stage.name, stage.rewards)
+        for item in (*getattr(stage, "sets", ()), *getattr(stage, "eval_sets", ())):
+            _check_rewards(f"{stage.name}.{item.name}", item.rewards)
+            entry.setdefault("heldout", {})[item.name] = len(problems.heldout(item))
+        stages.append(entry)
+    _check_gates(recipe.stages)
+    return {"name": recipe.name, "seed": recipe.seed, "stages": stages}
+
+
+def _run_stages(recipe: Recipe, run: RunDir, folders: Sequence[StageDir], problems: ProblemSets) -> None:
+    from pipelines.console import open_view
+    from pipelines.workers import Workers
+
+    remaining = [stage for stage, folder in zip(recipe.stages, folders, strict=True) if folder.done is None]
+    view = open_view(live=recipe.tracking.console, line_every_s=recipe.tracking.line_every_s)
+    with closing(view), Workers(recipe, run, problems) as workers:
+        if any(isinstance(stage, GrpoStage | EvalStage) for stage in remaining):
+            workers.start_engines()
+        results: dict[str, Any] = {}
+        model: Path | None = None
+        for stage, folder in zip(recipe.stages, folders, strict=True):
+            figures = folder.done
+            if figures is None:
+                if model is not None:
+                    workers.load_model(model)
+                if isinstance(stage, GrpoStage):
+                    check_gate(stage.gate, results)
+                started = time.monotonic()
+                run.note({"event": "stage_started", "stage": stage.name, "kind": stage.kind})
+                with Tracker(
+                    folder, recipe.tracking, recipe.name, total=_total(stage), view=view, recipe=plain(recipe)
+                ) as tracker:
+                    figures = _run_stage(stage, workers, folder, problems, tracker)
+                figures["seconds"] = round(time.monotonic() - started, 3)
+                folder.mark_done(figures)
+                run.write_summary(summary_of(recipe, folders))
+            if isinstance(stage, SftStage | GrpoStage):
+                model = folder.model
+            if isinstance(stage, GrpoStage):
+                workers.base_version = int(figures["policy_version"])
+            results |= figures.get("results", {})
+
+
+def _run_stage(
+    stage: Any, workers: Workers, folder: StageDir, problems: ProblemSets, tracker: Tracker
+) -> dict[str, Any]:
+    if isinstance(stage, EvalStage):
+        return run_eval(stage, workers, folder, tracker)
+    stream = problems.stream(stage)
+    if isinstance(stage, SftStage):
+        return train_sft(stage, workers, stream, folder, tracker)
+    return train_grpo(stage, workers, stream, folder, tracker)
+
+
+def _total(stage: Any) -> int:
+    return completions_of(stage) if isinstance(stage, EvalStage) else stage.steps
+
+
+def summary_of(recipe: Recipe, folders: Sequence[StageDir]) -> dict[str, Any]:
+    """What summary.json holds: every stage, its status and its headline figures."""
+    stages = []
+    for stage, folder in zip(recipe.stages, folders, strict=True):
+        figures = folder.done
+        status = "pending" if figures is None else "done"
+        stages.append({"name": stage.name, "kind": stage.kind, "status": status, **(figures or {})})
+    return {"name": recipe.name, "seed": recipe.seed, "stages": stages}
+
+
+def _check_target(stage: SftStage, problem: Problem) -> None:
+    """Makes one demonstration, so that a broken function shows before anything starts."""
+    import random
+
+    text = resolve_target(stage)(problem, random.Random(0))
+    if not isinstance(text, str):
+        raise ValueError(f"stages.{stage.name}.target {stage.target!r} must return a text, got {type(text).__name__}")
+
+
+def _check_rewards(place: str, rubric: RubricConfig) -> None:
+    """Finds every reward function and what it asks for.
+
+    Raises:
+        ValueError: names the place in the recipe.
+    """
+    for function in rubric.functions:
+        try:
+            bind(function)
+        except Exception as error:  # importing a user's module may raise anything: the reward boundary
+            raise ValueError(f"stages.{place}.rewards: {function.path!r}: {type(error).__name__}: {error}") from error
+
+
+def _check_gates(stages: Sequence[Any]) -> None:
+    seen: set[str] = set()
+    for stage in stages:
+        if isinstance(stage, GrpoStage) and stage.gate is not None and stage.gate.set not in seen:
+            raise ValueError(
+                f"stages.{stage.name}.gate.set: no eval stage before it has a set named {stage.gate.set!r} "
+                f"(there are: {', '.join(sorted(seen)) or 'none'})"
+            )
+        if isinstance(stage, EvalStage):
+            seen |= {item.name for item in stage.sets}

@@ -1,0 +1,323 @@
+"""``Workers`` = rollouts + rewards + learner: what a stage asks, in the order in which it asks.
+
+The driver holds one of these for a whole run. The learner and the engines live in Ray actors; the engines start
+while the first training stage is already running.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.actors import Handle, LearnerService, RayHandle, RolloutService, settle, start_vllm
+from pipelines.grpo import GrpoStage, in_order
+from pipelines.rollout_pool import CANARY_TOKENS, Job, RolloutPool, SyncReport, WeightSource
+from pipelines.run_dir import Journal, step_name
+from policy.checkpoint import latest_checkpoint, prune
+from policy.config import LearnerConfig, LossConfig, OptimizerConfig
+from rewards.rubric import Rubric, RubricConfig
+from rollout.engine import GenerateRequest
+from rollout.template import forces_thinking, prompt_text, render_prompt
+from rollout.types import Problem, RolloutGroup, SamplingParams, sampling_seed
+
+if TYPE_CHECKING:
+    from pipelines.config import Recipe
+    from pipelines.evaluate import HeldoutSet
+    from pipelines.problem_sets import ProblemSets
+    from pipelines.run_dir import RunDir, StageDir
+    from rollout.prompts import PromptStream
+
+_EVAL_STEP = -1  # held-out sets are drawn with the same seeds before and after training
+_CANARY_LENGTH = 24
+
+
+def _quiet(samples: int) -> None:
+    """Shows no progress."""
+
+
+class Workers:
+    """The processes of a run behind one object.
+
+    Args:
+        recipe: the resolved recipe.
+        run: its run folder.
+        problems: the recipe's data.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDir, problems: ProblemSets) -> None:
+        from transformers import AutoTokenizer
+
+        self.seed, self.run, self._recipe, self._engine = recipe.seed, run, recipe, recipe.engine
+        self._problems = problems
+        self.base_version = 0
+        self._rubrics: dict[str, Rubric] = {}
+        self._cores = sorted(os.sched_getaffinity(0))
+        _start_ray(recipe.run.ray_address, len(self._cores))
+        self._learner: Handle = RayHandle(
+            _actor(LearnerService, max_concurrency=1, num_gpus=1 if _gpus() else 0).remote(
+                recipe.model, recipe.seed, len(self._cores)
+            )
+        )
+        self._seed_folder = run.path / "engine"
+        settle(self._learner.submit("export", str(self._seed_folder)))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self._seed_folder)
+        self._pool = RolloutPool(self._launch, self._engine, self._count(), run.note)
+        self._canary = self._canary_prompts(problems.canary())
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def start_engines(self) -> None:
+        """Begins to start the rollout workers; returns at once."""
+        self._pool.start()
+
+    def load_model(self, folder: Path) -> None:
+        """The learner takes over the weights that an earlier stage left."""
+        settle(self._learner.submit("load_model", str(folder)))
+
+    def begin_stage(
+        self, optimizer: OptimizerConfig, loss: LossConfig, learner: LearnerConfig, total_steps: int
+    ) -> None:
+        """A fresh optimizer and schedule for a training stage."""
+        settle(self._learner.submit("begin", optimizer=optimizer, loss=loss, config=learner, total_steps=total_steps))
+
+    def resume(self, folder: StageDir, prompts: PromptStream) -> int:
+        """Takes up the stage's last checkpoint; returns the step to go on with (0 when there is none)."""
+        latest = latest_checkpoint(folder.checkpoints)
+        if latest is None:
+            return 0
+        extra = settle(self._learner.submit("restore", str(latest)))
+        prompts.restore(extra["prompts"])
+        self.run.note({"event": "resumed", "stage": folder.name, "step": extra["step"]})
+        return extra["step"]
+
+    def checkpoint(self, folder: StageDir, step: int, prompts: PromptStream, *, last: bool) -> None:
+        """Writes a complete state every ``run.checkpoint_every`` steps and after the last; keeps the newest few."""
+        if step % self._recipe.run.checkpoint_every and not last:
+            return
+        extra = {"step": step, "prompts": prompts.state()}
+        settle(self._learner.submit("save", str(folder.checkpoints / step_name(step)), extra))
+        prune(folder.checkpoints, self._recipe.run.keep_checkpoints)
+
+    def export(self, folder: StageDir) -> None:
+        """Leaves the stage's result as a Hugging Face folder."""
+        settle(self._learner.submit("export", str(folder.model)))
+
+    # -- supervised ----------------------------------------------------------------------------------------------
+
+    def encode_demonstration(self, problem: Problem, text: str, template: str) -> tuple[list[int], int]:
+        """``(token ids, prompt length)`` of a prompt followed by ``text`` and the end-of-sequence token.
+
+        Raises:
+            ValueError: longer than ``engine.max_model_len``.
+        """
+        prompt = render_prompt(problem, self.tokenizer, template)
+        answer = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = [*prompt, *answer, self.tokenizer.eos_token_id]
+        if len(ids) > self._engine.max_model_len:
+            raise ValueError(
+                f"problem {problem.id}: prompt and demonstration take {len(ids)} tokens, engine.max_model_len is "
+                f"{self._engine.max_model_len}: shorten the data or raise it"
+            )
+        return ids, len(prompt)
+
+    def sft_step(self, rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, float]:
+        """One supervised step; returns the learner's metrics."""
+        return settle(self._learner.submit("sft_step", rows))
+
+    # -- reinforcement --------------------------------------------------------------------------------------------
+
+    def rollouts(
+        self,
+        stage: GrpoStage,
+        step: int,
+        problems: Sequence[Problem],
+        folder: StageDir,
+        advance: Callable[[int], None] = _quiet,
+    ) -> list[RolloutGroup]:
+        """The step's scored groups in the order of its problems; what the run folder holds is not drawn again."""
+        journal = folder.journal(step_name(step))
+        return self._draw(
+            problems, journal, step, stage.group_size, stage.sampling, stage.template, stage.rewards, advance
+        )
+
+    def heldout_rollouts(
+        self,
+        item: HeldoutSet,
+        folder: StageDir,
+        *,
+        tag: str,
+        greedy: bool,
+        advance: Callable[[int], None] = _quiet,
+    ) -> list[RolloutGroup]:
+        """Scored groups of a held-out set under the current weights; finished ones are not drawn again."""
+        problems = self._problems.heldout(item)
+        samples = 1 if greedy else item.samples
+        sampling = SamplingParams(max_tokens=item.sampling.max_tokens, temperature=0.0) if greedy else item.sampling
+        journal = folder.journal(f"{tag}-{item.name}-{'greedy' if greedy else 'sampled'}")
+        groups = self._draw(problems, journal, _EVAL_STEP, samples, sampling, item.template, item.rewards, advance)
+        journal.complete(groups)
+        return groups
+
+    def learner_step(self, stage: GrpoStage, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Packs the groups and takes the step's optimizer steps; returns the learner's metrics."""
+        return settle(
+            self._learner.submit(
+                "grpo_step", list(groups), mask_truncated=stage.truncated == "mask", mini_batches=stage.mini_batches,
+                temperature=stage.sampling.temperature,
+                constant_length=stage.loss.constant_length or stage.sampling.max_tokens,
+            )
+        )  # fmt: skip
+
+    def sync_weights(self, step: int) -> SyncReport:
+        """Publishes the learner's weights and attests them in every worker before its next rollout.
+
+        Raises:
+            AttestationError: an engine does not hold the learner's weights.
+        """
+        version = self.base_version + step
+        update = settle(
+            self._learner.submit(
+                "publish", version, self._engine.weight_backend, self.run.path.name,
+                self._count() * self._engine.tensor_parallel,
+            )
+        )  # fmt: skip
+        source = WeightSource(
+            update=update, canary=self._canary, dtype=self._recipe.model.dtype,
+            score=lambda ids: settle(self._learner.submit("sequence_logprobs", ids, 1.0)),
+            describe=lambda ids: self.tokenizer.convert_ids_to_tokens(list(ids)),
+        )  # fmt: skip
+        report = self._pool.sync(source)
+        self.run.note({"event": "weights", "version": version, "checksum": report.checksum,
+                        "seconds": round(report.seconds, 4), "max_abs": report.max_abs})  # fmt: skip
+        return report
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every process of the run."""
+        for rubric in self._rubrics.values():
+            rubric.close()
+        settle(self._learner.submit("close"))
+        self._pool.close()
+        self._learner.kill()
+        import ray
+
+        ray.shutdown()
+
+    # -- leaves ---------------------------------------------------------------------------------------------------
+
+    def _draw(
+        self, problems: Sequence[Problem], journal: Journal, step: int, samples: int, sampling: SamplingParams,
+        template: str, rewards: RubricConfig, advance: Callable[[int], None],
+    ) -> list[RolloutGroup]:  # fmt: skip
+        """Scored groups in the order of their problems: finished ones from the journal, the others drawn now.
+
+        A group is journaled the moment its last sample ends, before it is scored, so that a kill loses none.
+        """
+        finished = journal.finished()
+        scored = [g for g in finished.values() if any(r.scores or r.errors for r in g.rollouts)]
+        advance(sum(len(g.rollouts) for g in finished.values()))
+        jobs = [
+            Job(problem=p, params=sampling, requests=self._requests(p, step, samples, template))
+            for p in {p.id: p for p in problems}.values() if p.id not in finished
+        ]  # fmt: skip
+
+        def unscored() -> Iterator[RolloutGroup]:
+            known = {g.problem.id for g in scored}
+            yield from (g for g in finished.values() if g.problem.id not in known)
+            for group in self._pool.generate(jobs):
+                journal.append(group)
+                advance(len(group.rollouts))
+                yield group
+
+        rubric = self._rubric(rewards, problems[0], template)
+        return in_order([*scored, *rubric.score(unscored())], problems)
+
+    def _requests(self, problem: Problem, step: int, samples: int, template: str) -> tuple[GenerateRequest, ...]:
+        ids = tuple(render_prompt(problem, self.tokenizer, template))
+        if len(ids) + 1 > self._engine.max_model_len:
+            raise ValueError(
+                f"problem {problem.id}: its prompt takes {len(ids)} tokens and leaves no room in the context of "
+                f"{self._engine.max_model_len} (engine.max_model_len): raise it or filter the data"
+            )
+        return tuple(
+            GenerateRequest(prompt_token_ids=ids, sample_index=i, seed=sampling_seed(self.seed, step, problem.id, i))
+            for i in range(samples)
+        )
+
+    def _rubric(self, config: RubricConfig, problem: Problem, template: str) -> Rubric:
+        forced = forces_thinking(prompt_text(problem, self.tokenizer, template))
+        key = f"{config!r} {forced}"
+        if key not in self._rubrics:
+            self._rubrics[key] = Rubric(config, forced_think=forced, on_event=self.run.note)
+        return self._rubrics[key]
+
+    def _count(self) -> int:
+        if self._engine.workers:
+            return self._engine.workers
+        gpus = _gpus()
+        return max(1, (gpus - 1) // self._engine.tensor_parallel) if gpus else min(4, len(self._cores))
+
+    def _launch(self, index: int) -> Handle:
+        """Starts rollout worker ``index`` with its own cores."""
+        count, cores = self._count(), self._cores
+        own = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or [cores[index % len(cores)]]
+        gpus = self._engine.tensor_parallel if _gpus() else 0
+        bind = None if gpus else ",".join(map(str, own))
+        start = partial(
+            start_vllm, str(self._seed_folder), self._engine, self._recipe.model.dtype, self.seed, bind, index
+        )
+        return RayHandle(_actor(RolloutService, num_gpus=gpus, max_concurrency=256).remote(start))
+
+    def _canary_prompts(self, problems: Iterable[Problem]) -> list[list[int]]:
+        """Two prompts of the task and two of random tokens (these touch embeddings that the task may never use)."""
+        rng = random.Random(self.seed)
+        special = set(self.tokenizer.all_special_ids)
+        plain = [i for i in range(len(self.tokenizer)) if i not in special]
+        noise = [[rng.choice(plain) for _ in range(_CANARY_LENGTH)] for _ in range(2)]
+        room = self._engine.max_model_len - CANARY_TOKENS - 1
+        real = [list(render_prompt(p, self.tokenizer, "chat")) for p in list(problems)[:2]]
+        return [prompt[:room] for prompt in real + noise]
+
+
+def _gpus() -> int:
+    """GPUs of the whole cluster; the learner takes one, the rollout workers share the others."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _actor(service: type, **options: Any) -> Any:
+    import ray
+
+    return ray.remote(service).options(max_restarts=0, **options)
+
+
+def _start_ray(address: str | None, cores: int) -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    # A thread that spins for long while it waits takes the core from whoever it waits for: on a busy machine a
+    # learner's step was seen to take ten times as long. One that sleeps at once costs half the speed of an idle
+    # machine, whose waits are short. Inherited by every actor; read when OpenMP (GNU's) is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    local: dict[str, Any] = {} if address else {
+        "num_cpus": cores + 8, "include_dashboard": False, "object_store_memory": 256 * 2**20,
+    }  # fmt: skip
+    asked_to_end = signal.getsignal(signal.SIGTERM)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="r1", **local)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends a driver with a stack trace; a run ends in one line and lets go of its folder.
+        signal.signal(signal.SIGTERM, asked_to_end)
