@@ -42,7 +42,7 @@ class LearnerService:
         if threads:
             torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.config, self.seed = model, seed
+        self.config, self.seed, self.threads = model, seed, threads
         self.model, self.tokenizer = self._load(model)
         self.learner: Any = None
         self.sender: Any = None
@@ -64,6 +64,7 @@ class LearnerService:
         from policy.learner import Learner
         from policy.scorer import frozen_copy
 
+        config = replace(config, threads=config.threads or self.threads)
         reference = frozen_copy(self.model) if loss.kl_coef > 0 else None
         self.learner = Learner(
             self.model, optimizer=optimizer, loss=loss, config=config, total_steps=total_steps, reference=reference

@@ -52,7 +52,8 @@ class RunConfig:
         checkpoint_every: steps between complete checkpoints, >= 1; the last step of a stage is always saved.
         keep_checkpoints: newest checkpoints kept per stage, >= 1.
         ray_address: address of a running Ray cluster (``auto`` finds it); null starts one on this machine.
-        cpus: CPU cores that learner and rollout workers share on this machine; 0 takes all.
+        cpus: CPU cores that learner and rollout workers share on this machine; 0 takes all. (With another number of
+            cores the learner's sums round differently in their last bits.)
     """
 
     dir: str = "runs"

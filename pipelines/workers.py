@@ -58,7 +58,7 @@ class Workers:
         self._problems = problems
         self.base_version = 0
         self._rubrics: dict[str, Rubric] = {}
-        self._cores = sorted(os.sched_getaffinity(0))
+        self._cores = own_cores(recipe.run.cpus)
         _start_ray(recipe.run.ray_address, len(self._cores))
         self._learner: Handle = RayHandle(
             _actor(LearnerService, max_concurrency=1, num_gpus=1 if _gpus() else 0).remote(
@@ -289,6 +289,18 @@ class Workers:
         room = self._engine.max_model_len - CANARY_TOKENS - 1
         real = [list(render_prompt(p, self.tokenizer, "chat")) for p in list(problems)[:2]]
         return [prompt[:room] for prompt in real + noise]
+
+
+def own_cores(limit: int) -> list[int]:
+    """The first ``limit`` (0: all) of the CPU cores that this process may use: learner and engines share them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if limit > len(cores):
+        raise ValueError(f"run.cpus is {limit}, but only {len(cores)} cores may be used here: lower it, or 0 for all")
+    return cores[: limit or None]
 
 
 def _gpus() -> int:

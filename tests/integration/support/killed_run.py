@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,27 @@ def end_politely() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def kill_an_engine() -> None:
-    children = psutil.Process().children(recursive=True)
-    next(child for child in children if "EngineCore" in child.name()).kill()
+def kill_a_busy_engine() -> None:
+    """Kills one engine's process in the second step of RL, when every engine has been given jobs and finished none."""
+    from pipelines.rollout_pool import Job, RolloutPool
+
+    original, struck = RolloutPool._dispatch, False
+
+    def patched(self: RolloutPool, queue: deque[Job]) -> None:
+        nonlocal struck
+        assert self._source is not None
+        if struck or not queue or self._source.update.version != 1:
+            return original(self, queue)
+        struck = True
+        victim, *others = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()]
+        for engine in (victim, *others):
+            engine.suspend()  # so fast are they that the victim might otherwise have no job left
+        original(self, queue)
+        victim.kill()
+        for engine in others:
+            engine.resume()
+
+    RolloutPool._dispatch = patched  # type: ignore[method-assign]
 
 
 def on_call(
@@ -70,7 +89,7 @@ def arm(point: str) -> None:
     if point == "terminate":
         on_call(Workers, "sft_step", 3, delay_s=0.01, act=end_politely)
     elif point == "engine":
-        on_call(Journal, "append", 7, delay_s=None, only=in_folder("03-grpo"), act=kill_an_engine)
+        kill_a_busy_engine()
     elif point == "sft":
         on_call(Workers, "sft_step", 5, delay_s=0.01)
     elif point == "evaluation":
