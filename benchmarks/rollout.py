@@ -73,7 +73,7 @@ class _Ours:
         """One round of rollouts."""
         problems = self._stream.next(self._stage.problems_per_step)
         began = time.perf_counter()
-        groups = self._workers.rollouts(self._stage, self._step, problems, self._folder)
+        groups, _ = self._workers.rollouts(self._stage, self._step, problems, self._folder)
         seconds = time.perf_counter() - began
         self._step += 1
         drawn = [len(r.completion.token_ids) for group in groups for r in group.rollouts]

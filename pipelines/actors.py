@@ -56,14 +56,15 @@ class LearnerService:
     def load_model(self, folder: str) -> None:
         """Takes over the weights of a folder; the optimizer of an earlier stage is forgotten."""
         self._drop_sender()
+        self._drop_learner()
         self.model, self.tokenizer = self._load(self._at(folder))
-        self.learner = None
 
     def begin(self, *, optimizer: OptimizerConfig, loss: LossConfig, config: LearnerConfig, total_steps: int) -> None:
         """Starts a training stage: a fresh optimizer, and a frozen reference when the loss asks for one."""
         from policy.learner import Learner
         from policy.scorer import frozen_copy
 
+        self._drop_learner()
         config = replace(config, threads=config.threads or self.threads)
         reference = frozen_copy(self.model) if loss.kl_coef > 0 else None
         self.learner = Learner(
@@ -96,10 +97,11 @@ class LearnerService:
 
     def sequence_logprobs(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
         """Log-probabilities (nats) of tokens 1..T-1 of each sequence under the current weights."""
-        if self.learner is None:  # nothing is trained in this run, or not yet
-            self.begin(optimizer=OptimizerConfig(), loss=LossConfig(), config=LearnerConfig(), total_steps=1)
-        assert self.learner is not None
-        return self.learner.sequence_logprobs(sequences, temperature)
+        if self.learner is not None:
+            return self.learner.sequence_logprobs(sequences, temperature)
+        from policy.scorer import TokenScorer  # nothing is trained in this run, or not yet
+
+        return TokenScorer(self.model, chunk=LearnerConfig().logprob_chunk).sequence_logprobs(sequences, temperature)
 
     def publish(self, version: int, backend: str, run_id: str, receivers: int) -> WeightUpdate:
         """Makes the current weights available to rollout workers (on ``receivers`` GPUs) as ``version``."""
@@ -148,6 +150,11 @@ class LearnerService:
 
     def _at(self, folder: str | Path) -> ModelConfig:
         return replace(self.config, preset=None, path=str(folder), overrides={}, tokenizer=None)
+
+    def _drop_learner(self) -> None:
+        if self.learner is not None:
+            self.learner.release()
+            self.learner = None
 
     def _drop_sender(self) -> None:
         if self.sender is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.files import write_atomic
+from pipelines.tracking import eval_metrics
 from rewards.rubric import RubricConfig
 from rollout.prompts import DataConfig
 from rollout.types import SamplingParams
@@ -32,7 +33,7 @@ class HeldoutSet:
         greedy: also one completion per problem at temperature 0.
         sampling: how the k samples are drawn.
         template: how a prompt is rendered: ``chat`` | ``r1-zero`` | ``raw``.
-        rewards: what judges a completion; the first function decides (a score >= 1 passes).
+        rewards: what judges a completion: a score >= 1 of ``rewards.judge`` passes.
     """
 
     name: str
@@ -87,7 +88,9 @@ def run_eval(stage: EvalStage, workers: Workers, folder: StageDir, tracker: Trac
         finished += samples
         tracker.advance_eval(finished)
 
-    return {"results": evaluate_sets(stage.sets, workers, folder, tag="eval", advance=advance)}
+    results = evaluate_sets(stage.sets, workers, folder, tag="eval", advance=advance)
+    tracker.log(0, eval_metrics(results), done=finished)
+    return {"results": results}
 
 
 def evaluate_sets(

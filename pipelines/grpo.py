@@ -6,8 +6,9 @@ The trip of one step: problems -> rollouts -> scores -> advantages -> learner st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipelines.evaluate import HeldoutSet, evaluate_sets
@@ -57,9 +58,10 @@ class GrpoStage:
         rewards: reward functions and their failure policy.
         advantages, loss, optimizer, learner: see their own descriptions.
         truncated: ``mask`` leaves truncated completions out of the loss, ``keep`` trains on them.
-        stop_zero_variance: stop early when this share of a step's groups carries no signal; 1 never stops.
+        stop_without_signal: stop early when at least this share of a step's groups carries no gradient (all rewards
+            equal, or fewer than two of them), (0, 1); null never stops.
         eval_every: evaluate ``eval_sets`` every n steps on the live engines; 0 never.
-        eval_sets: held-out sets for evaluations during training.
+        eval_sets: held-out sets for evaluations during training; needs eval_every.
         gate: refuse to start below a measured accuracy.
     """
 
@@ -78,7 +80,7 @@ class GrpoStage:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     truncated: str = "keep"
-    stop_zero_variance: float = 1.0
+    stop_without_signal: float | None = None
     eval_every: int = 0
     eval_sets: tuple[HeldoutSet, ...] = ()
     gate: Gate | None = None
@@ -98,8 +100,17 @@ class GrpoStage:
                 "sampling for grpo needs temperature > 0, top_p 1 and top_k 0: "
                 "otherwise the learner cannot recompute the sampler's log-probabilities"
             )
-        if self.eval_every and not self.eval_sets:
-            raise ValueError("eval_every is set but eval_sets is empty: name the held-out sets or set eval_every: 0")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be >= 0 (0 never evaluates), got {self.eval_every}")
+        if bool(self.eval_every) != bool(self.eval_sets):
+            raise ValueError(
+                f"eval_every is {self.eval_every} and eval_sets has {len(self.eval_sets)} sets: evaluations during "
+                "training need both"
+            )
+        if self.stop_without_signal is not None and not 0 < self.stop_without_signal < 1:
+            raise ValueError(f"stop_without_signal must be in (0, 1) or null, got {self.stop_without_signal}")
+        if self.stop_without_signal is not None and not self.advantages.drop_zero_variance:
+            raise ValueError("stop_without_signal needs advantages.drop_zero_variance: otherwise every group trains")
 
 
 def train_grpo(
@@ -119,10 +130,13 @@ def train_grpo(
     start = workers.resume(folder, prompts)
     sync = workers.sync_weights(start)
     for step in range(start, stage.steps):
+        if exhausted(stage, tracker.row(step - 1)):  # asked of what was logged: a resumed run stops where it stopped
+            folder.note({"event": "stopped_early", "step": step - 1, "reason": "hardly any group carries a gradient"})
+            break
         clock = tracker.clock(step)
         problems = prompts.next(stage.problems_per_step)
         with clock("rollout"):
-            groups = workers.rollouts(stage, step, problems, folder)
+            groups, drawn_tokens = workers.rollouts(stage, step, problems, folder)
         tracker.sample(step, groups[0])
         groups, signal = group_advantages(groups, stage.advantages)
         with clock("journal"):
@@ -131,36 +145,57 @@ def train_grpo(
             learned = workers.learner_step(stage, groups)
         with clock("sync"):
             sync = workers.sync_weights(step + 1)
+        evaluated: dict[str, float] = {}
         if stage.eval_every and (step + 1) % stage.eval_every == 0:
             with clock("eval"):
-                tracker.log_eval(step, evaluate_sets(stage.eval_sets, workers, folder, tag=f"step-{step + 1:06d}"))
-        drawn = step_metrics(stage, groups, signal, sync, clock.seconds("rollout"))
-        tracker.log(step, {**drawn, **learned, **clock.metrics()})
+                found = evaluate_sets(stage.eval_sets, workers, folder, tag=f"step-{step + 1:06d}")
+                evaluated = tracker.log_eval(step, found)
+        drawn = step_metrics(stage, groups, signal, sync, drawn_tokens, clock.seconds("rollout"))
+        tracker.log(step, {**drawn, **learned, **evaluated, **clock.metrics()})
         # Last: a step is repeated from its stored rollouts until its checkpoint is whole, so nothing before is skipped.
-        workers.checkpoint(folder, step + 1, prompts, last=step + 1 == stage.steps)
-        if signal.groups and signal.dropped_zero_variance / signal.groups >= stage.stop_zero_variance:
-            folder.note({"event": "stopped_early", "step": step, "reason": "hardly any group has variance left"})
-            break
+        with clock("checkpoint"):
+            last = step + 1 == stage.steps or exhausted(stage, tracker.row(step))
+            workers.checkpoint(folder, step + 1, prompts, last=last)
     workers.export(folder)
     return tracker.headline("reward/pass_rate", "reward/mean", "mismatch/mean_abs", "mismatch/max_abs") | {
         "policy_version": sync.version
     }
 
 
+def exhausted(stage: GrpoStage, row: Mapping[str, float]) -> bool:
+    """Whether the metrics of a step say that the stage has hardly anything left to learn from."""
+    if stage.stop_without_signal is None or not row:
+        return False
+    return 1 - row["groups/trained"] / row["groups/total"] >= stage.stop_without_signal
+
+
 def step_metrics(
-    stage: GrpoStage, groups: Sequence[RolloutGroup], signal: AdvantageStats, sync: SyncReport, seconds: float
+    stage: GrpoStage,
+    groups: Sequence[RolloutGroup],
+    signal: AdvantageStats,
+    sync: SyncReport,
+    drawn_tokens: int,
+    seconds: float,
 ) -> dict[str, float]:
-    """What one step's rollouts, advantages and sync looked like; each name is declared in pipelines/tracking.py."""
+    """What one step's rollouts, advantages and sync looked like; each name is declared in pipelines/tracking.py.
+
+    Args:
+        stage: whose rewards these are.
+        groups: scored, with advantages.
+        signal: what became of the groups.
+        sync: the weight sync after the step.
+        drawn_tokens: sampled in this process; fewer than the groups hold when some were in the run folder.
+        seconds: of the rollout phase.
+    """
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = sorted(len(r.completion.token_ids) for r in rollouts)
-    tokens = sum(lengths)
     metrics = {
         "rollout/samples": float(len(rollouts)),
-        "rollout/length_mean": tokens / len(lengths),
-        "rollout/length_p50": float(lengths[len(lengths) // 2]),
+        "rollout/length_mean": sum(lengths) / len(lengths),
+        "rollout/length_p50": float(median(lengths)),
         "rollout/length_max": float(lengths[-1]),
         "rollout/truncated": _share(r.completion.finish_reason is FinishReason.LENGTH for r in rollouts),
-        "rollout/tokens_per_s": tokens / seconds if seconds else 0.0,
+        "rollout/tokens_per_s": drawn_tokens / seconds if seconds else 0.0,
         "staleness/max": float(sync.version - 1 - min(r.completion.policy_version for r in rollouts)),
         "sync/seconds": sync.seconds,
         "sync/bytes": float(sync.bytes),

@@ -58,12 +58,12 @@ class ProblemSets:
         """An endless, resumable stream over the training problems of a stage."""
         return PromptStream(self.training(stage.data), seed=self._recipe.seed)
 
-    def canary(self) -> list[Problem]:
-        """Two problems to attest weight syncs with."""
+    def canary(self) -> tuple[list[Problem], str]:
+        """Two problems to attest weight syncs with, and the template that renders them."""
         for item in self.heldout_sets():
-            return self.heldout(item)[:2]
+            return self.heldout(item)[:2], item.template
         for stage in self._recipe.stages:
-            data = getattr(stage, "data", None)
-            if data is not None:
-                return self.training(data)[:2]
-        return []
+            data, template = getattr(stage, "data", None), getattr(stage, "template", "")
+            if data is not None and template:
+                return self.training(data)[:2], template
+        return [], "raw"

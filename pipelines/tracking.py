@@ -32,19 +32,20 @@ if TYPE_CHECKING:
     from pipelines.run_dir import StageDir
 
 _OWN_METRICS: dict[str, str] = {
-    "rollout/samples": "Completions drawn in this step.",
+    "rollout/samples": "Completions of this step.",
     "rollout/length_mean": "Mean length of a completion, tokens.",
     "rollout/length_p50": "Median length of a completion, tokens.",
     "rollout/length_max": "Longest completion, tokens.",
     "rollout/truncated": "Share of completions that were cut at max_tokens or at the context.",
-    "rollout/tokens_per_s": "Sampled tokens over the seconds of the rollout phase, scoring included.",
+    "rollout/tokens_per_s": "Tokens drawn over the seconds of the rollout phase, scoring included (0: all were kept).",
     "staleness/max": "Largest difference between the current policy_version and the one that sampled a rollout.",
     "sync/seconds": "Seconds from the first byte of a weight sync to its last attestation.",
     "sync/bytes": "Bytes of one copy of the weights.",
     "sync/version": "policy_version that every rollout worker holds after the sync.",
     "sync/canary_mean_abs": "Mean |Δlogp| between engine and learner on the canary texts of the sync, nats.",
     "sync/canary_max_abs": "Largest |Δlogp| between engine and learner on the canary texts of the sync, nats.",
-    "seconds/{phase}": "Seconds that this step spent in a phase (rollout, learner, sync, journal, checkpoint, eval).",
+    "seconds/{phase}": "Seconds that this step spent in a phase: rollout, journal, learner, sync, eval.",
+    "seconds/checkpoint": "Seconds of the checkpoint that was written after the step before was logged.",
     "seconds/step": "Seconds of the whole step up to the moment it was logged.",
     "eval/{set}/pass_at_1": "Mean over the problems of a held-out set of the mean over their samples that pass.",
     "eval/{set}/ci_low": "Lower end of the 95 % interval of pass_at_1 (over problems).",
@@ -100,9 +101,10 @@ class StepClock:
         ['seconds/rollout', 'seconds/step']
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: StepClock | None = None) -> None:
         self._began = time.monotonic()
-        self._phases: dict[str, float] = {}
+        self._phases: dict[str, float] = {} if before is None else before._late or {}
+        self._late: dict[str, float] | None = None  # once told: what came too late for this step's line
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -111,15 +113,20 @@ class StepClock:
         try:
             yield
         finally:
-            self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - began
+            spent = self._phases if self._late is None else self._late
+            spent[phase] = spent.get(phase, 0.0) + time.monotonic() - began
 
     def seconds(self, phase: str) -> float:
         """Seconds spent in a phase so far; 0.0 when it has not begun."""
         return self._phases.get(phase, 0.0)
 
     def metrics(self) -> dict[str, float]:
-        """``seconds/<phase>`` of every phase so far, and ``seconds/step`` since the clock was made."""
+        """``seconds/<phase>`` of every phase so far, and ``seconds/step`` since the clock was made.
+
+        What is timed after this goes to the next step's clock.
+        """
         phases = {f"seconds/{phase}": value for phase, value in self._phases.items()}
+        self._late = {}
         return {**phases, "seconds/step": time.monotonic() - self._began}
 
 
@@ -144,6 +151,7 @@ class Tracker:
     ) -> None:  # fmt: skip
         self._folder, self._config, self._view = folder, config, view
         self._rows = read_metrics(folder.metrics)
+        self._clock: StepClock | None = None
         self._evaluated = {row["step"] for row in read_rows(folder.path / "evals.jsonl")}
         run_folder = folder.path.parent
         self._wandb = open_wandb(config, run_folder, run_name, recipe or {}) if config.wandb != "off" else None
@@ -153,14 +161,20 @@ class Tracker:
     def clock(self, step: int) -> StepClock:
         """A new clock, for one step."""
         del step
-        return StepClock()
+        self._clock = StepClock(self._clock)
+        return self._clock
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def row(self, step: int) -> Mapping[str, float]:
+        """What was logged of a step, also by an earlier process; empty when nothing was."""
+        return self._rows.get(step, {})
+
+    def log(self, step: int, metrics: Mapping[str, float], *, done: int | None = None) -> None:
         """Writes one step, unless metrics.jsonl has it (a resumed run repeats what came after its checkpoint).
 
         Args:
             step: 0-based.
             metrics: values by declared name; NaN and infinity are written as null and noted in events.jsonl.
+            done: where the progress bar stands then; step + 1 when left out.
 
         Raises:
             ValueError: a name that is not declared.
@@ -173,7 +187,7 @@ class Tracker:
         if step not in self._rows:
             self._write(step, values)
         if self._view is not None:
-            self._view.advance(step + 1, values)
+            self._view.advance(step + 1 if done is None else done, values)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar past a step that is not logged."""
@@ -190,22 +204,25 @@ class Tracker:
         if self._view is not None and step % self._config.sample_every == 0:
             self._view.sample(group)
 
-    def log_eval(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+    def log_eval(self, step: int, results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         """Writes an evaluation during training to the stage's evals.jsonl, once per step.
 
         Args:
             step: the step after which it was made, 0-based.
             results: by held-out set, as ``evals.run.SetResult.to_json``.
+
+        Returns:
+            Its figures as metrics, for the step's own line.
         """
         if step not in self._evaluated:
             row = json.dumps({"step": step, "results": results}, default=str)
             append_line(self._folder.path / "evals.jsonl", row, fsync=True)
             self._evaluated.add(step)
-            self._send(step, eval_metrics(results))
         if self._view is not None:
             for name, row in results.items():
                 low, high = row["ci95"]
                 self._view.line(f"step {step}: {name} pass@1 {row['pass_at_1']:.3f} [{low:.3f}, {high:.3f}]")
+        return eval_metrics(results)
 
     def headline(self, *names: str) -> dict[str, Any]:
         """Figures of the stage for summary.json.

@@ -12,6 +12,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ class Workers:
         settle(self._learner.submit("export", str(self._seed_folder)))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self._seed_folder)
         self._pool = RolloutPool(self._launch, self._engine, self._count(), run.note)
-        self._canary = self._canary_prompts(problems.canary())
+        self._canary = self._canary_prompts(*problems.canary())
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -140,12 +141,17 @@ class Workers:
         problems: Sequence[Problem],
         folder: StageDir,
         advance: Callable[[int], None] = _quiet,
-    ) -> list[RolloutGroup]:
-        """The step's scored groups in the order of its problems; what the run folder holds is not drawn again."""
+    ) -> tuple[list[RolloutGroup], int]:
+        """The step's scored groups in the order of its problems, and how many tokens were drawn for them now.
+
+        What the run folder holds is not drawn again.
+        """
         journal = folder.journal(step_name(step))
-        return self._draw(
+        kept = _tokens(journal.groups())
+        groups = self._draw(
             problems, journal, step, stage.group_size, stage.sampling, stage.template, stage.rewards, advance
         )
+        return groups, _tokens(groups) - kept
 
     def heldout_rollouts(
         self,
@@ -159,7 +165,7 @@ class Workers:
         """Scored groups of a held-out set under the current weights; finished ones are not drawn again."""
         problems = self._problems.heldout(item)
         samples = 1 if greedy else item.samples
-        sampling = SamplingParams(max_tokens=item.sampling.max_tokens, temperature=0.0) if greedy else item.sampling
+        sampling = replace(item.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else item.sampling
         journal = folder.journal(f"{tag}-{item.name}-{'greedy' if greedy else 'sampled'}")
         groups = self._draw(problems, journal, _EVAL_STEP, samples, sampling, item.template, item.rewards, advance)
         journal.complete(groups)
@@ -280,15 +286,19 @@ class Workers:
         )
         return RayHandle(_actor(RolloutService, num_gpus=gpus, max_concurrency=256).remote(start))
 
-    def _canary_prompts(self, problems: Iterable[Problem]) -> list[list[int]]:
+    def _canary_prompts(self, problems: Sequence[Problem], template: str) -> list[list[int]]:
         """Two prompts of the task and two of random tokens (these touch embeddings that the task may never use)."""
         rng = random.Random(self.seed)
         special = set(self.tokenizer.all_special_ids)
         plain = [i for i in range(len(self.tokenizer)) if i not in special]
         noise = [[rng.choice(plain) for _ in range(_CANARY_LENGTH)] for _ in range(2)]
         room = self._engine.max_model_len - CANARY_TOKENS - 1
-        real = [list(render_prompt(p, self.tokenizer, "chat")) for p in list(problems)[:2]]
+        real = [list(render_prompt(p, self.tokenizer, template)) for p in problems]
         return [prompt[:room] for prompt in real + noise]
+
+
+def _tokens(groups: Iterable[RolloutGroup]) -> int:
+    return sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
 
 
 def own_cores(limit: int) -> list[int]:

@@ -74,7 +74,6 @@ class AdvantageStats:
             "groups/dropped_unscored": float(self.dropped_unscored),
             "groups/all_positive": float(self.all_positive),
             "groups/none_positive": float(self.none_positive),
-            "rollouts/unscored": float(self.unscored_rollouts),
             "rollouts/positive_share": self.positive_rollouts / scored if scored else 0.0,
         }
 

@@ -41,7 +41,7 @@ from transformers import (
 
 from policy.config import ModelConfig
 from policy.model import PolicyModel
-from policy.presets import preset_config
+from policy.presets import check_servable, preset_config
 from policy.tokenizer import build_tokenizer
 
 _STEP = re.compile(r"(?:\.replaced-)?step-(\d{6,})")
@@ -104,12 +104,12 @@ def check_model(config: ModelConfig) -> None:
     """Finds out early and without loading weights whether :func:`load_policy` would find the model.
 
     Raises:
-        ValueError: no such preset, or a folder or hub id whose config cannot be read.
+        ValueError: no such preset, a folder or hub id whose config cannot be read, or a model that vLLM cannot serve.
     """
     if config.preset is not None:
-        preset_config(config.preset, **config.overrides)
+        check_servable(preset_config(config.preset, **config.overrides))
     else:
-        _read_config(_model_source(config))
+        check_servable(_read_config(_model_source(config)))
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -29,16 +29,15 @@ LEARNER_METRICS: dict[str, str] = {
 }
 
 ADVANTAGE_METRICS: dict[str, str] = {
-    "advantage/mean": "Mean advantage of the rollouts that train.",
-    "advantage/std": "Standard deviation (n - 1) of the advantages of the rollouts that train.",
-    "advantage/min": "Smallest advantage of the rollouts that train.",
-    "advantage/max": "Largest advantage of the rollouts that train.",
+    "advantage/mean": "Mean advantage over the rollouts that have one (truncated ones too, whether masked or not).",
+    "advantage/std": "Standard deviation (n - 1) of the advantages.",
+    "advantage/min": "Smallest advantage of the batch.",
+    "advantage/max": "Largest advantage of the batch.",
     "groups/total": "Groups in the batch.",
-    "groups/trained": "Groups that carry a gradient.",
+    "groups/trained": "Groups whose rollouts have advantages.",
     "groups/dropped_zero_variance": "Groups left out because all their rewards are equal.",
     "groups/dropped_unscored": "Groups left out because fewer than two of their rollouts have a reward.",
     "groups/all_positive": "Groups whose scored rollouts all have a reward above 0.",
     "groups/none_positive": "Groups none of whose scored rollouts has a reward above 0.",
-    "rollouts/unscored": "Rollouts without a reward, because a reward function failed; they never train.",
     "rollouts/positive_share": "Share of the scored rollouts with a reward above 0.",
 }

@@ -104,8 +104,9 @@ class Learner:
         length = self._loss.constant_length or constant_length
         if length < 1:
             raise ValueError(f"constant_length must be >= 1, got {length}")
+        end = self._optimizer.position + mini_batches
         if not samples:
-            return self._skipped()
+            return self._skipped(end)
         tally = _Tally()
         parts = [self._pack(part) for part in self._deal(samples, mini_batches)]
         old: list[list[Tensor] | None] = [None, *(self._logprobs(part, temperature) for part in parts[1:])]
@@ -129,7 +130,12 @@ class Learner:
                 return grpo_loss(scores.logprobs, inputs, denominators, self._loss)
 
             self._update(micros, temperature, loss_of, tally)
+        self._optimizer.move_to(end)  # there may be fewer samples than mini-batches
         return self._metrics(tally)
+
+    def release(self) -> None:
+        """Lets go of the model, so that another learner may train it; this one must not be used again."""
+        self._optimizer.release()
 
     def sft_step(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised optimizer step: mean cross-entropy over all completion tokens of the batch.
@@ -138,7 +144,7 @@ class Learner:
             NonFiniteError: as :meth:`step`.
         """
         if not samples:
-            return self._skipped()
+            return self._skipped(self._optimizer.position + 1)
         tally = _Tally()
         micros = self._pack(samples)
         tokens = Denominators.of(micros).tokens
@@ -149,20 +155,9 @@ class Learner:
         self._update(micros, 1.0, loss_of, tally)
         return self._metrics(tally)
 
-    @torch.no_grad()
     def sequence_logprobs(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[list[float]]:
-        """Log-probability (nats) of each token but the first, given those before it. S x [T] -> S x [T - 1]
-
-        Raises:
-            ValueError: a sequence of fewer than two tokens.
-        """
-        micros = self._pack([Sample(token_ids=tuple(tokens), prompt_length=1) for tokens in sequences])
-        found: list[list[float]] = [[] for _ in sequences]
-        for micro in micros:
-            logprobs = self._scorer(micro, temperature).logprobs
-            for index, part in zip(micro.sample_index, logprobs.split(micro.segment_lengths), strict=True):
-                found[index] = part.tolist()
-        return found
+        """See :meth:`TokenScorer.sequence_logprobs`."""
+        return self._scorer.sequence_logprobs(sequences, temperature, self._config.micro_batch_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything beside the weights that a bit-identical continuation needs: moments, schedule, counters, RNG.
@@ -220,7 +215,8 @@ class Learner:
         tally.grad_norms.append(self._optimizer.step())
         tally.losses.append(total)
 
-    def _skipped(self) -> dict[str, float]:
+    def _skipped(self, end: int) -> dict[str, float]:
+        self._optimizer.move_to(end)
         return {
             "learner/skipped": 1.0,
             "learner/tokens": 0.0,

@@ -50,6 +50,10 @@ class PolicyOptimizer:
         config: AdamW's numbers and the schedule.
         total_steps: optimizer steps that the schedule spans.
 
+    Attributes:
+        steps: optimizer steps taken.
+        position: where the schedule stands; ahead of ``steps`` when steps were left out (:meth:`move_to`).
+
     Raises:
         ValueError: nothing is trainable, or ``total_steps`` < 1.
     """
@@ -58,7 +62,7 @@ class PolicyOptimizer:
         if total_steps < 1:
             raise ValueError(f"total_steps must be >= 1, got {total_steps}")
         self._config, self._total_steps = config, total_steps
-        self.steps = 0
+        self.steps = self.position = 0
         for name, parameter in model.named_parameters():
             if name.endswith(_ALWAYS_FROZEN):
                 parameter.requires_grad_(False)
@@ -70,8 +74,10 @@ class PolicyOptimizer:
             for name, p in self._live.items()
             if p.dtype in (torch.bfloat16, torch.float16)
         }
-        for name, master in self._masters.items():
+        self._hooks = [
             self._live[name].register_post_accumulate_grad_hook(_add_into(master))
+            for name, master in self._masters.items()
+        ]
         self._trained = {name: self._masters.get(name, p) for name, p in self._live.items()}
         decayed = [p for p in self._trained.values() if p.ndim >= 2]
         others = [p for p in self._trained.values() if p.ndim < 2]
@@ -90,7 +96,17 @@ class PolicyOptimizer:
     @property
     def lr(self) -> float:
         """Learning rate of the next optimizer step."""
-        return learning_rate(self._config, self.steps, self._total_steps)
+        return learning_rate(self._config, self.position, self._total_steps)
+
+    def move_to(self, position: int) -> None:
+        """Moves the schedule past steps that had nothing to learn from: it spans the stage, not the steps taken."""
+        self.position = position
+
+    def release(self) -> None:
+        """Lets go of the model: another optimizer may train it. This one must not be used again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.zero_grad()
 
     def zero_grad(self) -> None:
         """Forgets the accumulated gradients."""
@@ -122,12 +138,14 @@ class PolicyOptimizer:
         self._copy_back()
         self.zero_grad()
         self.steps += 1
+        self.position += 1
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, step counter and master weights."""
+        """Moments, counters and master weights."""
         return {
             "steps": self.steps,
+            "position": self.position,
             "adamw": self._adamw.state_dict(),
             "masters": {name: master.detach() for name, master in self._masters.items()},
         }
@@ -145,7 +163,7 @@ class PolicyOptimizer:
             for name, master in self._masters.items():
                 master.copy_(state["masters"][name])
         self._copy_back()
-        self.steps = state["steps"]
+        self.steps, self.position = state["steps"], state["position"]
 
     @torch.no_grad()
     def _copy_back(self) -> None:

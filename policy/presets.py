@@ -176,6 +176,20 @@ def with_vllm_fields(config: DeepseekV3Config) -> DeepseekV3Config:
     return config
 
 
+def check_servable(config: Any) -> None:
+    """Refuses DeepSeek-V3 configs that transformers and the policy compute, but vLLM silently computes otherwise.
+
+    Raises:
+        ValueError: names the field and the mend.
+    """
+    if config.model_type != "deepseek_v3":
+        return
+    if config.tie_word_embeddings:
+        raise ValueError("vLLM's DeepSeek-V3 has a head of its own: set tie_word_embeddings to false")
+    if getattr(config, "attention_bias", False):
+        raise ValueError("vLLM's DeepSeek-V3 leaves biases of attention out: set attention_bias to false")
+
+
 def check_supported(config: DeepseekV3Config) -> None:
     """Refuses configs whose shapes contradict each other, or that ask for what the policy does not compute.
 

@@ -6,6 +6,7 @@ Shapes: N packed input tokens, M of them under the loss, S sequences, L the long
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from policy.batch import MicroBatch
+from policy.batch import MicroBatch, Sample, pack
 from policy.logprobs import token_logprobs
 from policy.model import PolicyModel
+
+# Fields of transformers' configs that change the logits after the head, unless they are null or 1.
+_CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,23 @@ class TokenScorer:
         )
         return TokenScores(logprobs, entropy, load)
 
+    @torch.no_grad()
+    def sequence_logprobs(
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, micro_batch_tokens: int = 8192
+    ) -> list[list[float]]:
+        """Log-probability (nats) of each token but the first, given those before it. S x [T] -> S x [T - 1]
+
+        Raises:
+            ValueError: a sequence of fewer than two tokens.
+        """
+        found: list[list[float]] = [[] for _ in sequences]
+        samples = [Sample(token_ids=tuple(tokens), prompt_length=1) for tokens in sequences]
+        for micro in pack(samples, micro_batch_tokens):
+            logprobs = self(micro.to(self.device), temperature).logprobs
+            for index, part in zip(micro.sample_index, logprobs.split(micro.segment_lengths), strict=True):
+                found[index] = part.tolist()
+        return found
+
     def _hidden(self, micro: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden states [N, H] after the last norm, and the router's load."""
         if isinstance(self.model, PolicyModel):
@@ -104,13 +125,20 @@ class TokenScorer:
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Some models scale or cap their logits after the head; then hidden states and head would not be the policy."""
+        """Some models scale or cap their logits after the head; then hidden states and head would not be the policy.
+
+        Their configs say so; the probe finds those whose configs use other words (a cap hardly shows on small logits).
+        """
+        config = self.model.config.get_text_config()
+        found = {key: getattr(config, key, None) for key in _CHANGES_LOGITS}
+        told = [f"{key} {value}" for key, value in found.items() if value not in (None, 1)]
         probe = torch.arange(4, device=self.device)[None] % self._head.out_features
         logits = self.model(input_ids=probe, use_cache=False).logits.float()
         ours = self._head(self._backbone(probe)).float()
-        if not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3):
+        if told or not torch.allclose(logits, ours, rtol=1e-3, atol=1e-3):
+            reason = ", ".join(told) or "soft-capping or scaling"
             raise ValueError(
-                f"{type(self.model).__name__} changes its logits after the LM head (soft-capping or scaling): the "
+                f"{type(self.model).__name__} changes its logits after the LM head ({reason}): the "
                 "learner would train another policy than the one that samples; choose a model without it"
             )
 

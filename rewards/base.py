@@ -24,6 +24,7 @@ from typing import Any
 from rollout.types import Completion
 
 RewardFn = Callable[..., Any]  # float | Score | None, or an awaitable of one; other styles return lists or dicts
+RESERVED_METRICS = {"mean", "applied", "errors", "timeouts"}
 STYLES = ("plain", "trl", "trl_chat", "verl")
 
 BUILT_IN = {
@@ -41,10 +42,18 @@ class Score:
     Attributes:
         value: the score itself; None when the function does not apply.
         metrics: logged as the mean over completions, under ``reward/<function>/<metric>``.
+
+    Raises:
+        ValueError: a metric has the name of one that is logged of every function.
     """
 
     value: float | None
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = RESERVED_METRICS & self.metrics.keys()
+        if taken:
+            raise ValueError(f"a reward function may not call a number of its own {min(taken)!r}: rename it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,8 @@ class RewardPool:
         root = str(Path(__file__).resolve().parent.parent)
         path = json.dumps([root, *(entry or os.getcwd() for entry in sys.path)])
         self._nursery = subprocess.Popen(
-            [sys.executable, "-P", "-c", _NURSERY, str(theirs.fileno()), path],
+            # What the compiler says of other people's code would come before every run's first line.
+            [sys.executable, "-P", "-W", "ignore::SyntaxWarning", "-c", _NURSERY, str(theirs.fileno()), path],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a reward function prints must not mix with the program's own output

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.evaluate import HeldoutSet
 from pipelines.grpo import Gate, GrpoStage, check_gate, in_order, step_metrics
 from pipelines.rollout_pool import SyncReport
 from pipelines.tracking import describe_metric
@@ -17,6 +18,7 @@ from rollout.prompts import DataConfig
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
 
 RUBRIC = RubricConfig(functions=(RewardConfig(path="reasoning_gym"),))
+HELDOUT = HeldoutSet(name="h", data=DataConfig(source="jsonl:h.jsonl"), rewards=RUBRIC)
 
 
 def stage(**changes: Any) -> GrpoStage:
@@ -42,12 +44,15 @@ def test_step_metrics_by_hand() -> None:
     groups = [group("a", [2, 4], [1.0, 0.0]), group("b", [8, 6], [1.0, None], version=3)]
     filled, signal = group_advantages(groups, AdvantageConfig())
     sync = SyncReport(version=5, seconds=0.5, bytes=100, mean_abs=1e-7, max_abs=1e-6, checksum="c")
-    metrics = step_metrics(stage(), filled, signal, sync, seconds=4.0)
+    metrics = step_metrics(stage(), filled, signal, sync, drawn_tokens=12, seconds=4.0)
     assert metrics["rollout/samples"] == 4
     assert metrics["rollout/length_mean"] == 5.0
+    assert metrics["rollout/length_p50"] == 5.0  # of 2, 4, 6, 8
     assert metrics["rollout/length_max"] == 8
+    assert metrics["sync/seconds"] == 0.5 and metrics["sync/bytes"] == 100 and metrics["sync/version"] == 5
+    assert metrics["sync/canary_mean_abs"] == 1e-7 and metrics["sync/canary_max_abs"] == 1e-6
     assert metrics["rollout/truncated"] == 0.25
-    assert metrics["rollout/tokens_per_s"] == 5.0
+    assert metrics["rollout/tokens_per_s"] == 3.0  # 8 of the 20 tokens were in the run folder already
     assert metrics["reward/mean"] == pytest.approx(2 / 3)  # the failed one is no zero
     assert metrics["reward/reasoning_gym/errors"] == 1
     # Version 5 is what the sync has just made; the rollouts were drawn for the step before it, at 4 and (stale) at 3.
@@ -82,7 +87,14 @@ def test_the_gate_looks_at_the_lower_end_of_the_interval() -> None:
         ({"truncated": "drop"}, "truncated must be mask or keep"),
         ({"sampling": SamplingParams(top_p=0.9)}, "top_p 1"),
         ({"sampling": SamplingParams(temperature=0)}, "temperature > 0"),
-        ({"eval_every": 5}, "eval_sets is empty"),
+        ({"eval_every": 5}, "eval_every is 5 and eval_sets has 0 sets"),
+        ({"eval_sets": (HELDOUT,)}, "eval_every is 0 and eval_sets has 1 sets"),
+        ({"stop_without_signal": 1.0}, r"stop_without_signal must be in \(0, 1\) or null"),
+        ({"stop_without_signal": 0.0}, r"stop_without_signal must be in \(0, 1\) or null"),
+        (
+            {"stop_without_signal": 0.9, "advantages": AdvantageConfig(drop_zero_variance=False)},
+            "needs advantages.drop_zero_variance",
+        ),
     ],
 )
 def test_a_stage_refuses(changes: dict[str, Any], words: str) -> None:

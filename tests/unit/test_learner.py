@@ -488,9 +488,23 @@ def test_configurations_that_cannot_work() -> None:
         learner(policy()).step([replace(s, rollout_logprobs=None) for s in batch(2)])
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("spread", "cap", "words"),
+    [
+        (2.0, 5.0, "final_logit_softcapping 5.0"),
+        (0.02, 30.0, "final_logit_softcapping 30.0"),  # so small are the logits that the cap does not show
+    ],
+)
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(spread: float, cap: float, words: str) -> None:
+    model = Gemma2ForCausalLM(Gemma2Config(**{**DENSE, "initializer_range": spread}, final_logit_softcapping=cap))
+    with pytest.raises(ValueError, match=words):
+        learner(model)
+
+
+def test_a_model_whose_config_does_not_tell_is_found_out_by_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("policy.scorer._CHANGES_LOGITS", ())
     model = Gemma2ForCausalLM(Gemma2Config(**{**DENSE, "initializer_range": 2.0}, final_logit_softcapping=5.0))
-    with pytest.raises(ValueError, match="soft-capping"):
+    with pytest.raises(ValueError, match="soft-capping or scaling"):
         learner(model)
 
 

@@ -257,16 +257,18 @@ def test_wandb_gets_the_same_numbers_and_keeps_its_id(folder: StageDir, monkeypa
     done = fake_wandb(monkeypatch)
     config = TrackingConfig(wandb="offline", project="p", entity="e")
     with Tracker(folder, config, "run", recipe={"seed": 3}) as tracker:
-        tracker.log(0, {"reward/mean": 0.5})
-        tracker.log_eval(0, {"hard": RESULT.to_json()})
-    options, row, evaluation, finished = done
+        evaluated = tracker.log_eval(0, {"hard": RESULT.to_json()})
+        tracker.log(0, {"reward/mean": 0.5, **evaluated})
+    options, row, finished = done
     assert (options["mode"], options["project"], options["entity"], options["name"]) == ("offline", "p", "e", "run")
     assert options["config"] == {"seed": 3} and options["resume"] == "allow" and options["dir"] == folder.path.parent
-    assert row == {"rl/step": 0, "rl/reward/mean": 0.5} and evaluation["rl/eval/hard/pass_at_1"] == 0.5
+    logged = read_metrics(folder.metrics)[0]
+    assert row == {"rl/step": 0, **{f"rl/{name}": value for name, value in logged.items()}}
+    assert logged["reward/mean"] == 0.5 and logged["eval/hard/pass_at_1"] == 0.5
     assert finished == "finished"
     with Tracker(folder, config, "run") as tracker:
         tracker.log(0, {"reward/mean": 0.5})  # is there already
-    assert done[4]["id"] == options["id"] and done[5:] == ["finished"]
+    assert done[3]["id"] == options["id"] and done[4:] == ["finished"]
 
 
 def test_wandb_that_is_missing_or_not_logged_in_is_one_line(folder: StageDir, monkeypatch: pytest.MonkeyPatch) -> None:
