@@ -49,7 +49,10 @@ STEPS = ("Collecting", "Downloading", "Building", "Installing")  # the lines of 
 
 PROBE = "import importlib.metadata as m, torch, transformers, ray, vllm; m.version('r1'); print(torch.version.cuda)"
 # What a run loads beyond that, so that it is compiled before the first run: an engine starts in half the time then.
-WARM = "import vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, vllm.model_executor.models.deepseek_v2, trl"
+WARM = (
+    "import vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, vllm.model_executor.models.deepseek_v2, trl, "
+    "math_verify, reasoning_gym"
+)
 
 
 def stamp_key(root: Path, machine: Machine) -> str:
@@ -106,7 +109,7 @@ class Environment:
 
     def is_current(self, key: str) -> bool:
         """Whether it was finished with this key."""
-        return self.stamp.is_file() and self.stamp.read_text() == key
+        return self.python.exists() and self.stamp.is_file() and self.stamp.read_text() == key
 
     def is_usable(self) -> bool:
         """Whether pip can work in it: made for this folder by this Python, with a pip that starts."""

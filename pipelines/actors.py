@@ -43,9 +43,18 @@ class LearnerService:
             torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.config, self.seed, self.threads = model, seed, threads
-        self.model, self.tokenizer = self._load(model)
+        self.model: Any = None
+        self.tokenizer: Any = None
         self.learner: Any = None
         self.sender: Any = None
+
+    def load(self) -> None:
+        """Loads the recipe's model, or makes it (not while it is constructed: Ray would hide what goes wrong).
+
+        Raises:
+            ValueError: the model is not there, is incomplete, or does not fit its tokenizer.
+        """
+        self.model, self.tokenizer = self._load(self.config)
 
     def export(self, folder: str) -> None:
         """Writes the current weights, config and tokenizer as a Hugging Face folder (atomically)."""
@@ -257,16 +266,15 @@ def settle(future: Future[Any], timeout: float | None = None) -> Any:
     """
     try:
         return future.result(timeout)
-    except EngineDied:
-        raise
     except Exception as error:  # the Ray actor boundary: unwrapped and raised again
-        if type(error).__module__.startswith("ray."):
-            import ray.exceptions as rx
+        if not any(base.__module__.startswith("ray.") for base in type(error).__mro__):
+            raise
+        import ray.exceptions as rx
 
-            if isinstance(error, rx.RayTaskError):
-                raise error.cause from None
-            if isinstance(error, (rx.RayActorError, rx.WorkerCrashedError, rx.NodeDiedError)):
-                raise EngineDied(str(error).strip().splitlines()[0]) from None
+        if isinstance(error, rx.RayTaskError):  # Ray makes it an instance of its cause's class too
+            raise error.cause from None
+        if isinstance(error, (rx.RayActorError, rx.WorkerCrashedError, rx.NodeDiedError)):
+            raise EngineDied("its process is gone (killed, or the machine is out of memory)") from None
         raise
 
 

@@ -25,6 +25,7 @@ _DONE, _FAILED, _USAGE = 0, 1, 2
 _FORESEEN = {
     "pipelines.weight_sync": "AttestationError",
     "pipelines.rollout_pool": "WorkerFailure",
+    "pipelines.workers": "LearnerDied",
     "rewards.rubric": "RewardFailure",
     "rewards.pool": "PoolBroken",
     "rollout.engine": "EngineDied",
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         verb, options = _parse(argv)
     except SystemExit as stop:
-        return int(stop.code or 0)
+        status = int(stop.code or 0)
+        if status and "--json" in argv:
+            _print_json({"error": "wrong usage: standard error says what", "type": "UsageError"})
+        return status
     with _one_object(options.json) as answer:
         status = _guarded(verb, options, answer)
     if options.json:
@@ -154,7 +158,8 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     from pipelines.evaluate import evaluate_model
 
     with _terminated_like_interrupted():
-        results = evaluate_model(model, loaded, out=options.out)
+        trained_by = _load(str(own), ()) if own.is_file() else None
+        results = evaluate_model(model, loaded, out=options.out, trained_by=trained_by)
     from rich.console import Console
 
     from evals.report import summary_table
@@ -185,10 +190,12 @@ def _guarded(
         answer.update(verb(options))
         sys.stdout.flush()
         return _DONE
-    except BrokenPipeError:  # `r1 show … | head`: the reader has seen enough
+    except BrokenPipeError as error:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _DONE
+        if verb is _show:  # `r1 show … | head`: the reader has seen enough
+            return _DONE
+        return _fail(answer, f"a reader went away ({error}); the same command goes on from here", "BrokenPipeError")
     except KeyboardInterrupt:
         return _fail(answer, "interrupted; the same command goes on from here", "KeyboardInterrupt")
     except Exception as error:  # the outermost boundary: whatever happens ends in one line

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.files import write_atomic
 from pipelines.tracking import eval_metrics
 from rewards.rubric import RubricConfig
-from rollout.prompts import DataConfig
+from rollout.prompts import DataConfig, check_disjoint
+from rollout.template import check_template
 from rollout.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class HeldoutSet:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples must be >= 1, got {self.samples}")
+        check_template(self.template)
         if not self.name or "/" in self.name:
             raise ValueError(f"a set's name must be non-empty and without '/', got {self.name!r}")
 
@@ -117,30 +119,42 @@ def completions_of(stage: EvalStage) -> int:
     return sum(item.data.size * (item.samples + item.greedy) for item in stage.sets)
 
 
-def evaluate_model(model: str, loaded: LoadedRecipe, *, out: Path | None = None) -> dict[str, Any]:
+def evaluate_model(
+    model: str, loaded: LoadedRecipe, *, out: Path | None = None, trained_by: LoadedRecipe | None = None
+) -> dict[str, Any]:
     """Evaluates a checkpoint on the held-out sets of a recipe.
 
     Args:
         model: Hugging Face folder or hub id.
         loaded: the recipe whose held-out sets are drawn.
         out: keep completions and ``results.json`` here and go on from what is there; None keeps nothing.
+        trained_by: the recipe that trained the model, where it is known: none of its training problems may be held out.
 
     Returns:
         ``{"model", "results": {set: {"pass_at_1", "ci95", "greedy", "n", "k", …}}}``.
 
     Raises:
-        ValueError: the recipe has no held-out set, or the model cannot be loaded.
+        ValueError: the recipe has no held-out set, the model cannot be loaded, a held-out problem was trained on, or
+            ``out`` holds the completions of other weights.
     """
     from pipelines.problem_sets import ProblemSets
     from pipelines.run import run_recipe
     from policy.config import ModelConfig
 
-    sets = {item.name: item for item in ProblemSets(loaded.recipe).heldout_sets()}
+    problems = ProblemSets(loaded.recipe)
+    sets = {item.name: item for item in problems.heldout_sets()}
     if not sets:
         raise ValueError(f"{loaded.source} has no held-out set: add an eval stage to it, or name another --recipe")
+    if trained_by is not None:
+        for other in trained_by.recipe.stages:
+            if (data := getattr(other, "data", None)) is not None:
+                trained = ProblemSets(trained_by.recipe).training(data)
+                for item in sets.values():
+                    check_disjoint(trained, problems.heldout(item), heldout_name=item.name)
     stage = EvalStage(sets=tuple(sets.values()))
     with tempfile.TemporaryDirectory(prefix="r1-eval-") as scratch:
         folder = Path(scratch) / "eval" if out is None else out.expanduser().absolute()
+        _check_same_weights(folder, model)
         recipe = replace(
             loaded.recipe, name=folder.name, stages=(stage,), run=replace(loaded.recipe.run, dir=str(folder.parent)),
             model=ModelConfig(path=model, dtype=loaded.recipe.model.dtype),
@@ -150,3 +164,20 @@ def evaluate_model(model: str, loaded: LoadedRecipe, *, out: Path | None = None)
         if out is not None:
             write_atomic(folder / "results.json", json.dumps(answer, indent=2) + "\n")
     return answer
+
+
+def _check_same_weights(folder: Path, model: str) -> None:
+    """Refuses to go on with completions that other weights at the same place have drawn.
+
+    Raises:
+        ValueError: the model's files are not those that the folder was begun with.
+    """
+    files = sorted(path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+    now = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    marker = folder.with_name(f".{folder.name}.weights.json")
+    if marker.exists() and folder.exists() and json.loads(marker.read_text("utf-8")) != now:
+        raise ValueError(
+            f"{folder} was begun with other weights at {model}: name another folder with --out, or remove that one"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(marker, json.dumps(now) + "\n")

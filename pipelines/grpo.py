@@ -16,6 +16,7 @@ from policy.advantages import AdvantageStats, group_advantages
 from policy.config import AdvantageConfig, LearnerConfig, LossConfig, OptimizerConfig
 from rewards.rubric import RubricConfig, reward_metrics
 from rollout.prompts import DataConfig, PromptStream
+from rollout.template import check_template
 from rollout.types import FinishReason, Problem, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class GrpoStage:
             raise ValueError(
                 f"group_size must be >= 2, got {self.group_size}: an advantage compares siblings of one problem"
             )
+        check_template(self.template)
         if self.truncated not in ("mask", "keep"):
             raise ValueError(f"truncated must be mask or keep, got {self.truncated!r}")
         if self.sampling.temperature <= 0 or self.sampling.top_p < 1 or self.sampling.top_k:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rollout.prompts import DataConfig, PromptStream, check_disjoint, fingerprint, load_problems
+from rollout.prompts import DataConfig, PromptStream, check_disjoint, fingerprints, load_problems
 from rollout.types import Problem
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ProblemSets:
         key = repr(config)
         if key not in self._train:
             sets = list(self.heldout_sets())
-            exclude = {fingerprint(p) for item in sets for p in self.heldout(item)}
+            exclude = {print_ for item in sets for p in self.heldout(item) for print_ in fingerprints(p)}
             problems = load_problems(config, exclude=exclude)
             for item in sets:
                 check_disjoint(problems, self.heldout(item), heldout_name=item.name)
@@ -58,12 +58,16 @@ class ProblemSets:
         """An endless, resumable stream over the training problems of a stage."""
         return PromptStream(self.training(stage.data), seed=self._recipe.seed)
 
-    def canary(self) -> tuple[list[Problem], str]:
-        """Two problems to attest weight syncs with, and the template that renders them."""
+    def everything(self) -> Iterator[tuple[list[Problem], str]]:
+        """Every list of problems that the recipe asks for, with the template that renders it."""
         for item in self.heldout_sets():
-            return self.heldout(item)[:2], item.template
+            yield self.heldout(item), item.template
         for stage in self._recipe.stages:
             data, template = getattr(stage, "data", None), getattr(stage, "template", "")
             if data is not None and template:
-                return self.training(data)[:2], template
-        return [], "raw"
+                yield self.training(data), template
+
+    def canary(self) -> tuple[list[Problem], str]:
+        """Two problems to attest weight syncs with, and the template that renders them."""
+        problems, template = next(self.everything(), ([], "raw"))
+        return problems[:2], template

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -85,6 +86,7 @@ class _Slot:
     index: int
     handle: Handle | None = None
     starting: Future[Any] | None = None
+    started_at: float = 0.0
     version: int = -1  # the attested one
     in_flight: dict[Future[Any], tuple[Job, float]] = field(default_factory=dict)
 
@@ -153,6 +155,17 @@ class RolloutPool:
             for slot in self._slots:
                 yield from self._collect(slot, queue)
 
+    def check_starting(self) -> None:
+        """Tells early, while the workers still start, of a model or an option that no worker can run.
+
+        Raises:
+            ValueError: what the engine refused.
+        """
+        for slot in self._slots:
+            if slot.starting is not None and slot.starting.done():
+                with suppress(EngineDied):  # replaced when it is needed
+                    settle(slot.starting)
+
     def close(self) -> None:
         """Ends every worker."""
         for slot in self._slots:
@@ -163,7 +176,7 @@ class RolloutPool:
     def _start(self, slot: _Slot) -> None:
         slot.version, slot.in_flight = -1, {}
         slot.handle = self._launch(slot.index)
-        slot.starting = slot.handle.submit("ready")
+        slot.starting, slot.started_at = slot.handle.submit("ready"), time.monotonic()
 
     def _dispatch(self, queue: deque[Job]) -> None:
         """Hands jobs to the least loaded workers that hold the current version."""
@@ -184,6 +197,8 @@ class RolloutPool:
         if slot.starting is not None:
             if slot.starting.done():
                 self._bring_up([slot])
+            elif time.monotonic() - slot.started_at > _START_TIMEOUT_S:
+                self._replace(slot, f"not ready within {_START_TIMEOUT_S:g} s", queue)
             return
         for future, (job, since) in list(slot.in_flight.items()):
             if not future.done():

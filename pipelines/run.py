@@ -72,6 +72,12 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
         if isinstance(stage, SftStage | GrpoStage):
             entry["problems"] = len(problems.training(stage.data))
             entry["steps"] = stage.steps
+            wanted = stage.batch_size if isinstance(stage, SftStage) else stage.problems_per_step
+            if wanted > entry["problems"]:
+                raise ValueError(
+                    f"stages.{stage.name}: a step asks for {wanted} different problems and its data has "
+                    f"{entry['problems']}: lower it, or raise data.size"
+                )
         if isinstance(stage, SftStage):
             _check_target(stage, problems.training(stage.data)[0])
         if isinstance(stage, GrpoStage):
@@ -91,6 +97,8 @@ def _run_stages(recipe: Recipe, run: RunDir, folders: Sequence[StageDir], proble
     remaining = [stage for stage, folder in zip(recipe.stages, folders, strict=True) if folder.done is None]
     view = open_view(live=recipe.tracking.console, line_every_s=recipe.tracking.line_every_s)
     with closing(view), Workers(recipe, run, problems) as workers:
+        for asked, template in problems.everything():
+            workers.check_prompts(asked, template)
         if any(isinstance(stage, GrpoStage | EvalStage) for stage in remaining):
             workers.start_engines()
         results: dict[str, Any] = {}

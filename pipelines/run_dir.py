@@ -40,7 +40,12 @@ if TYPE_CHECKING:
 __all__ = ["Journal", "RunConfig", "RunDir", "RunDirError", "StageDir"]
 
 _GIVEN = "recipe.yaml"
-_FREE_KEYS = ("run", "tracking")  # may change between a run and its continuation: they do not touch the result
+# What may change between a run and its continuation, because it does not touch the result, or is the mend of an error.
+_FREE_KEYS = (
+    "run.", "tracking.",
+    *(f"engine.{key}" for key in ("workers", "max_replacements", "timeout_s", "kv_cache_gib", "gpu_memory_utilization",
+                                  "max_num_seqs", "max_model_len", "attest_tolerance")),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +148,6 @@ class StageDir:
         """The journal ``rollouts/<name>.jsonl``."""
         return Journal(self.rollouts / f"{name}.jsonl")
 
-    def append_group(self, step: int, group: RolloutGroup) -> None:
-        """Adds a finished group of a step; see :meth:`Journal.append`."""
-        self.journal(step_name(step)).append(group)
-
-    def finished(self, step: int) -> dict[str, RolloutGroup]:
-        """Groups of a step that are finished already, by the id of their problem."""
-        return self.journal(step_name(step)).finished()
-
     def complete_step(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Writes the final groups of a step; see :meth:`Journal.complete`."""
         self.journal(step_name(step)).complete(groups)
@@ -191,7 +188,8 @@ class RunDir:
 
         Args:
             root: parent of the run folders, ``run.dir``.
-            loaded: the recipe; where the folder has one already it must be the same but for ``run`` and ``tracking``.
+            loaded: the recipe; where the folder has one already it must be the same but for ``run``, ``tracking`` and
+                the limits in ``engine``.
             fresh: move an existing folder aside (``<name>.1``, …; nothing is deleted) and begin anew.
 
         Raises:
@@ -330,7 +328,7 @@ def _check_same_recipe(resolved: Path, loaded: LoadedRecipe) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise RunDirError(f"{resolved} is damaged: restore it, or begin anew with --fresh") from None
     new = flatten(plain(loaded.recipe))
-    keys = [k for k in dict.fromkeys((*old, *new)) if k.split(".")[0] not in _FREE_KEYS]
+    keys = [k for k in dict.fromkeys((*old, *new)) if not k.startswith(_FREE_KEYS)]
     changed = [f"{k}: {_show(old, k)} -> {_show(new, k)}" for k in keys if _show(old, k) != _show(new, k)]
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

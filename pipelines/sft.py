@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from policy.config import LearnerConfig, LossConfig, OptimizerConfig
 from rollout.prompts import DataConfig, PromptStream
+from rollout.template import check_template
 from rollout.types import Problem
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class SftStage:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        check_template(self.template)
         for name in ("steps", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

@@ -6,27 +6,27 @@ while the first training stage is already running.
 
 from __future__ import annotations
 
-import logging
-import os
+import json
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.actors import Handle, LearnerService, RayHandle, RolloutService, settle, start_vllm
 from pipelines.grpo import GrpoStage, in_order
+from pipelines.resources import actor, check_gpus, count_gpus, gpus_of_one, own_cores, start_ray
 from pipelines.rollout_pool import CANARY_TOKENS, Job, RolloutPool, SyncReport, WeightSource
 from pipelines.run_dir import Journal, step_name
 from policy.checkpoint import latest_checkpoint, prune
 from policy.config import LearnerConfig, LossConfig, OptimizerConfig
 from rewards.rubric import Rubric, RubricConfig
-from rollout.engine import GenerateRequest
+from rollout.engine import EngineDied, GenerateRequest
 from rollout.template import forces_thinking, prompt_text, render_prompt
 from rollout.types import Problem, RolloutGroup, SamplingParams, sampling_seed
+from rollout.vllm_start import check_latent
 
 if TYPE_CHECKING:
     from pipelines.config import Recipe
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
 _EVAL_STEP = -1  # held-out sets are drawn with the same seeds before and after training
 _CANARY_LENGTH = 24
+_CLOSE_S = 10.0
+
+
+class LearnerDied(RuntimeError):
+    """The learner's process is gone; the run folder is whole."""
 
 
 def _quiet(samples: int) -> None:
@@ -60,14 +65,16 @@ class Workers:
         self.base_version = 0
         self._rubrics: dict[str, Rubric] = {}
         self._cores = own_cores(recipe.run.cpus)
-        _start_ray(recipe.run.ray_address, len(self._cores))
+        start_ray(recipe.run.ray_address, len(self._cores))
+        check_gpus(self._engine, count_gpus())
         self._learner: Handle = RayHandle(
-            _actor(LearnerService, max_concurrency=1, num_gpus=1 if _gpus() else 0).remote(
+            actor(LearnerService, max_concurrency=1, num_gpus=gpus_of_one(count_gpus())).remote(
                 recipe.model, recipe.seed, len(self._cores)
             )
         )
+        self._ask_learner("load")
         self._seed_folder = run.path / "engine"
-        settle(self._learner.submit("export", str(self._seed_folder)))
+        self._ask_learner("export", str(self._seed_folder))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self._seed_folder)
         self._pool = RolloutPool(self._launch, self._engine, self._count(), run.note)
         self._canary = self._canary_prompts(*problems.canary())
@@ -80,20 +87,20 @@ class Workers:
 
     def load_model(self, folder: Path) -> None:
         """The learner takes over the weights that an earlier stage left."""
-        settle(self._learner.submit("load_model", str(folder)))
+        self._ask_learner("load_model", str(folder))
 
     def begin_stage(
         self, optimizer: OptimizerConfig, loss: LossConfig, learner: LearnerConfig, total_steps: int
     ) -> None:
         """A fresh optimizer and schedule for a training stage."""
-        settle(self._learner.submit("begin", optimizer=optimizer, loss=loss, config=learner, total_steps=total_steps))
+        self._ask_learner("begin", optimizer=optimizer, loss=loss, config=learner, total_steps=total_steps)
 
     def resume(self, folder: StageDir, prompts: PromptStream) -> int:
         """Takes up the stage's last checkpoint; returns the step to go on with (0 when there is none)."""
         latest = latest_checkpoint(folder.checkpoints)
         if latest is None:
             return 0
-        extra = settle(self._learner.submit("restore", str(latest)))
+        extra = self._ask_learner("restore", str(latest))
         prompts.restore(extra["prompts"])
         self.run.note({"event": "resumed", "stage": folder.name, "step": extra["step"]})
         return extra["step"]
@@ -103,12 +110,12 @@ class Workers:
         if step % self._recipe.run.checkpoint_every and not last:
             return
         extra = {"step": step, "prompts": prompts.state()}
-        settle(self._learner.submit("save", str(folder.checkpoints / step_name(step)), extra))
+        self._ask_learner("save", str(folder.checkpoints / step_name(step)), extra)
         prune(folder.checkpoints, self._recipe.run.keep_checkpoints)
 
     def export(self, folder: StageDir) -> None:
         """Leaves the stage's result as a Hugging Face folder."""
-        settle(self._learner.submit("export", str(folder.model)))
+        self._ask_learner("export", str(folder.model))
 
     # -- supervised ----------------------------------------------------------------------------------------------
 
@@ -130,7 +137,8 @@ class Workers:
 
     def sft_step(self, rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, float]:
         """One supervised step; returns the learner's metrics."""
-        return settle(self._learner.submit("sft_step", rows))
+        self._pool.check_starting()
+        return self._ask_learner("sft_step", rows)
 
     # -- reinforcement --------------------------------------------------------------------------------------------
 
@@ -146,12 +154,10 @@ class Workers:
 
         What the run folder holds is not drawn again.
         """
-        journal = folder.journal(step_name(step))
-        kept = _tokens(journal.groups())
-        groups = self._draw(
-            problems, journal, step, stage.group_size, stage.sampling, stage.template, stage.rewards, advance
-        )
-        return groups, _tokens(groups) - kept
+        return self._draw(
+            problems, folder.journal(step_name(step)), step, stage.group_size, stage.sampling, stage.template,
+            stage.rewards, advance,
+        )  # fmt: skip
 
     def heldout_rollouts(
         self,
@@ -167,18 +173,16 @@ class Workers:
         samples = 1 if greedy else item.samples
         sampling = replace(item.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else item.sampling
         journal = folder.journal(f"{tag}-{item.name}-{'greedy' if greedy else 'sampled'}")
-        groups = self._draw(problems, journal, _EVAL_STEP, samples, sampling, item.template, item.rewards, advance)
+        groups, _ = self._draw(problems, journal, _EVAL_STEP, samples, sampling, item.template, item.rewards, advance)
         journal.complete(groups)
         return groups
 
     def learner_step(self, stage: GrpoStage, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """Packs the groups and takes the step's optimizer steps; returns the learner's metrics."""
-        return settle(
-            self._learner.submit(
-                "grpo_step", list(groups), mask_truncated=stage.truncated == "mask", mini_batches=stage.mini_batches,
-                temperature=stage.sampling.temperature,
-                constant_length=stage.loss.constant_length or stage.sampling.max_tokens,
-            )
+        return self._ask_learner(
+            "grpo_step", list(groups), mask_truncated=stage.truncated == "mask", mini_batches=stage.mini_batches,
+            temperature=stage.sampling.temperature,
+            constant_length=stage.loss.constant_length or stage.sampling.max_tokens,
         )  # fmt: skip
 
     def sync_weights(self, step: int) -> SyncReport:
@@ -188,15 +192,13 @@ class Workers:
             AttestationError: an engine does not hold the learner's weights.
         """
         version = self.base_version + step
-        update = settle(
-            self._learner.submit(
-                "publish", version, self._engine.weight_backend, self.run.path.name,
-                self._count() * self._engine.tensor_parallel,
-            )
+        update = self._ask_learner(
+            "publish", version, self._engine.weight_backend, self.run.path.name,
+            self._count() * self._engine.tensor_parallel,
         )  # fmt: skip
         source = WeightSource(
             update=update, canary=self._canary, dtype=self._recipe.model.dtype,
-            score=lambda ids: settle(self._learner.submit("sequence_logprobs", ids, 1.0)),
+            score=lambda ids: self._ask_learner("sequence_logprobs", ids, 1.0),
             describe=lambda ids: self.tokenizer.convert_ids_to_tokens(list(ids)),
         )  # fmt: skip
         report = self._pool.sync(source)
@@ -211,32 +213,55 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """Ends every process of the run."""
-        for rubric in self._rubrics.values():
-            rubric.close()
-        settle(self._learner.submit("close"))
-        self._pool.close()
-        self._learner.kill()
+        """Ends every process of the run, whatever state it is in."""
         import ray
 
-        ray.shutdown()
+        try:
+            for rubric in self._rubrics.values():
+                rubric.close()
+            with suppress(
+                EngineDied, TimeoutError
+            ):  # dead, or in the middle of a step: its segments go with the next run
+                settle(self._learner.submit("close"), _CLOSE_S)
+            self._pool.close()
+            self._learner.kill()
+        finally:
+            ray.shutdown()
+
+    def check_prompts(self, problems: Sequence[Problem], template: str) -> None:
+        """Refuses problems whose prompt leaves no room in the context, before anything is computed.
+
+        Raises:
+            ValueError: names the problem and the lengths.
+        """
+        if not problems:
+            return
+        around = len(prompt_text(replace(problems[0], prompt=""), self.tokenizer, template).encode())
+        for problem in problems:
+            # No tokenizer makes more tokens of a text than it has bytes: the others need not be tokenized.
+            if len(problem.prompt.encode()) + around + 1 >= self._engine.max_model_len:
+                self._prompt(problem, template)
 
     # -- leaves ---------------------------------------------------------------------------------------------------
 
     def _draw(
         self, problems: Sequence[Problem], journal: Journal, step: int, samples: int, sampling: SamplingParams,
         template: str, rewards: RubricConfig, advance: Callable[[int], None],
-    ) -> list[RolloutGroup]:  # fmt: skip
+    ) -> tuple[list[RolloutGroup], int]:  # fmt: skip
         """Scored groups in the order of their problems: finished ones from the journal, the others drawn now.
+
+        Also returns how many tokens were drawn now.
 
         A group is journaled the moment its last sample ends, before it is scored, so that a kill loses none.
         """
-        finished = journal.finished()
+        asked = {p.id: p for p in problems}
+        # A group of a problem that reads otherwise now (a gold answer was mended, say) is drawn again.
+        finished = {i: g for i, g in journal.finished().items() if i in asked and _same(g.problem, asked[i])}
         scored = [g for g in finished.values() if any(r.scores or r.errors for r in g.rollouts)]
         advance(sum(len(g.rollouts) for g in finished.values()))
         jobs = [
             Job(problem=p, params=sampling, requests=self._requests(p, step, samples, template))
-            for p in {p.id: p for p in problems}.values() if p.id not in finished
+            for p in asked.values() if p.id not in finished
         ]  # fmt: skip
 
         def unscored() -> Iterator[RolloutGroup]:
@@ -248,15 +273,34 @@ class Workers:
                 yield group
 
         rubric = self._rubric(rewards, problems[0], template)
-        return in_order([*scored, *rubric.score(unscored())], problems)
+        groups = in_order([*scored, *rubric.score(unscored())], problems)
+        return groups, _tokens(g for g in groups if g.problem.id not in finished)
 
-    def _requests(self, problem: Problem, step: int, samples: int, template: str) -> tuple[GenerateRequest, ...]:
+    def _ask_learner(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the learner answers.
+
+        Raises:
+            LearnerDied: its process is gone.
+        """
+        try:
+            return settle(self._learner.submit(method, *args, **kwargs))
+        except EngineDied as error:
+            raise LearnerDied(
+                f"the learner was lost while it was asked to {method}: {error}; run the same command, it goes on from "
+                "the last checkpoint"
+            ) from error
+
+    def _prompt(self, problem: Problem, template: str) -> tuple[int, ...]:
         ids = tuple(render_prompt(problem, self.tokenizer, template))
         if len(ids) + 1 > self._engine.max_model_len:
             raise ValueError(
                 f"problem {problem.id}: its prompt takes {len(ids)} tokens and leaves no room in the context of "
                 f"{self._engine.max_model_len} (engine.max_model_len): raise it or filter the data"
             )
+        return ids
+
+    def _requests(self, problem: Problem, step: int, samples: int, template: str) -> tuple[GenerateRequest, ...]:
+        ids = self._prompt(problem, template)
         return tuple(
             GenerateRequest(prompt_token_ids=ids, sample_index=i, seed=sampling_seed(self.seed, step, problem.id, i))
             for i in range(samples)
@@ -272,19 +316,21 @@ class Workers:
     def _count(self) -> int:
         if self._engine.workers:
             return self._engine.workers
-        gpus = _gpus()
+        gpus = count_gpus()
         return max(1, (gpus - 1) // self._engine.tensor_parallel) if gpus else min(4, len(self._cores))
 
     def _launch(self, index: int) -> Handle:
         """Starts rollout worker ``index`` with its own cores."""
         count, cores = self._count(), self._cores
         own = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or [cores[index % len(cores)]]
-        gpus = self._engine.tensor_parallel if _gpus() else 0
+        gpus = gpus_of_one(count_gpus()) * self._engine.tensor_parallel
         bind = None if gpus else ",".join(map(str, own))
+        if not gpus:
+            check_latent(self._seed_folder)
         start = partial(
             start_vllm, str(self._seed_folder), self._engine, self._recipe.model.dtype, self.seed, bind, index
         )
-        return RayHandle(_actor(RolloutService, num_gpus=gpus, max_concurrency=256).remote(start))
+        return RayHandle(actor(RolloutService, num_gpus=gpus, max_concurrency=256).remote(start))
 
     def _canary_prompts(self, problems: Sequence[Problem], template: str) -> list[list[int]]:
         """Two prompts of the task and two of random tokens (these touch embeddings that the task may never use)."""
@@ -297,49 +343,10 @@ class Workers:
         return [prompt[:room] for prompt in real + noise]
 
 
+def _same(kept: Problem, asked: Problem) -> bool:
+    """Whether a problem from a journal is the one that is asked now (JSON knows no tuples)."""
+    return json.loads(json.dumps(asdict(asked))) == asdict(kept)
+
+
 def _tokens(groups: Iterable[RolloutGroup]) -> int:
     return sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
-
-
-def own_cores(limit: int) -> list[int]:
-    """The first ``limit`` (0: all) of the CPU cores that this process may use: learner and engines share them.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if limit > len(cores):
-        raise ValueError(f"run.cpus is {limit}, but only {len(cores)} cores may be used here: lower it, or 0 for all")
-    return cores[: limit or None]
-
-
-def _gpus() -> int:
-    """GPUs of the whole cluster; the learner takes one, the rollout workers share the others."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))
-
-
-def _actor(service: type, **options: Any) -> Any:
-    import ray
-
-    return ray.remote(service).options(max_restarts=0, **options)
-
-
-def _start_ray(address: str | None, cores: int) -> None:
-    import ray
-
-    if ray.is_initialized():
-        return
-    # A thread that spins for long while it waits takes the core from whoever it waits for: on a busy machine a
-    # learner's step was seen to take ten times as long. One that sleeps at once costs half the speed of an idle
-    # machine, whose waits are short. Inherited by every actor; read when OpenMP (GNU's) is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    local: dict[str, Any] = {} if address else {
-        "num_cpus": cores + 8, "include_dashboard": False, "object_store_memory": 256 * 2**20,
-    }  # fmt: skip
-    asked_to_end = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="r1", **local)
-    if threading.current_thread() is threading.main_thread():
-        # Ray's own handler ends a driver with a stack trace; a run ends in one line and lets go of its folder.
-        signal.signal(signal.SIGTERM, asked_to_end)

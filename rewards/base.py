@@ -130,11 +130,12 @@ def _load_module(name: str, path: str, search: Sequence[str]) -> Any:
 
 
 def _load_file(name: str, search: Sequence[str]) -> Any:
-    candidates = [Path(name).expanduser(), *(Path(folder) / name for folder in search)]
+    candidates = [Path(name).expanduser(), *(Path(folder) / name for folder in (*search, *sys.path))]
     file = next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise ValueError(
-            f"the reward file {name} is not there (looked in {', '.join(str(c.parent) for c in candidates)})"
+            f"the reward file {name} is not there (looked in the working directory, beside the recipe, and wherever "
+            "Python looks for modules)"
         )
     module_name = f"_reward_file_{hashlib.blake2b(str(file).encode(), digest_size=8).hexdigest()}"
     if module_name in sys.modules:

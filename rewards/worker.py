@@ -82,6 +82,7 @@ def nursery_main(fd: int) -> None:
     Requests: ``("fork",)`` followed by two handles (socket, shared file) -> pid; ``("end", pid)`` kills a worker with
     its children -> the exit status as ``os.waitpid`` gives it.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us when it is done
     control = Connection(fd)
     workers: set[int] = set()
     try:

@@ -129,6 +129,9 @@ class EngineConfig:
             raise ValueError(f"max_model_len must be >= 32 (an attestation takes 17 of them), got {self.max_model_len}")
         if self.workers < 0:
             raise ValueError(f"workers must be >= 0, got {self.workers}")
+        for name in ("max_replacements", "attest_tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
         for name in ("kv_cache_gib", "timeout_s"):

@@ -20,6 +20,8 @@ from rollout.sources import read_rows, reasoning_gym_entries
 from rollout.types import Problem
 
 Rewrite = Callable[[Problem], Problem | None]
+ORIGINAL_PROMPT = "original_prompt"
+"""Where the metadata of a rewritten problem keeps what its source said: held-out problems are told by both."""
 SOURCE_KINDS = ("reasoning_gym", "jsonl", "parquet", "hf")
 
 
@@ -75,15 +77,28 @@ class DataConfig:
             raise ValueError(f"data.weight must be > 0, got {self.weight}")
         if any(part.mixture for part in self.mixture):
             raise ValueError("a part of data.mixture cannot be a mixture itself")
+        if any(part.distinct for part in self.mixture):
+            raise ValueError("distinct holds for a whole mixture: set it there, not in a part")
+        ignored = [name for name in ("params", "id_field") if self.mixture and getattr(self, name)]
+        if self.params and self.source.partition(":")[0] in ("jsonl", "parquet"):
+            ignored = ["params"]
+        if ignored:
+            place = "a mixture: set it in its parts" if self.mixture else f"{self.source}: leave it out"
+            raise ValueError(f"data.{ignored[0]} means nothing for {place}")
 
 
-def fingerprint(problem: Problem) -> str:
-    """Hash of the normalised prompt: two problems that read the same share it, whatever their ids (32 hex digits).
+def fingerprint(text: str) -> str:
+    """Hash of a normalised prompt: two that read the same share it (32 hex digits).
 
     Normalised: Unicode compatibility form (NFKC), case folded, runs of white space as one blank.
     """
-    text = " ".join(unicodedata.normalize("NFKC", problem.prompt).casefold().split())
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.blake2b(normal.encode(), digest_size=16).hexdigest()
+
+
+def fingerprints(problem: Problem) -> set[str]:
+    """Fingerprints of a problem's prompt and, where a rewrite changed it, of what the source said."""
+    return {fingerprint(problem.prompt), fingerprint(problem.metadata.get(ORIGINAL_PROMPT, problem.prompt))}
 
 
 def check_disjoint(
@@ -98,10 +113,9 @@ def check_disjoint(
     Raises:
         ValueError: names the first shared problem on both sides.
     """
-    held = {fingerprint(problem): problem for problem in heldout}
+    held = {print_: problem for problem in heldout for print_ in fingerprints(problem)}
     for problem in train:
-        other = held.get(fingerprint(problem))
-        if other is not None:
+        for other in {held[print_].id: held[print_] for print_ in fingerprints(problem) & held.keys()}.values():
             raise ValueError(
                 f"{train_name} problem {problem.id!r} is also {heldout_name} problem {other.id!r} "
                 f"({_short(problem.prompt)}): exclude the held-out fingerprints when the training set is loaded"
@@ -210,9 +224,11 @@ class _Seen:
     dropped: int = 0
 
     def admits(self, problem: Problem | None) -> bool:
-        print_ = fingerprint(problem) if problem is not None else ""
-        ok = problem is not None and print_ not in self.excluded and not (self.distinct and print_ in self.prints)
-        self.prints.add(print_)
+        ok = problem is not None and not self.excluded & fingerprints(problem)
+        if problem is not None and self.distinct:
+            print_ = fingerprint(problem.prompt)
+            ok = ok and print_ not in self.prints
+            self.prints.add(print_)
         self.dropped += not ok
         return ok
 
@@ -331,6 +347,18 @@ def _check_ids(problems: Sequence[Problem], config: DataConfig) -> None:
 def _resolve_rewrite(path: str | None) -> Rewrite:
     if path is None:
         return lambda problem: problem
+    rewrite = _find_rewrite(path)
+
+    def remembered(problem: Problem) -> Problem | None:
+        written = rewrite(problem)
+        if written is None or written.prompt == problem.prompt:
+            return written
+        return replace(written, metadata={**written.metadata, ORIGINAL_PROMPT: problem.prompt})
+
+    return remembered
+
+
+def _find_rewrite(path: str) -> Rewrite:
     module, _, name = path.partition(":")
     if not module or not name:
         raise ValueError(f"data.rewrite must be module:function, got {path!r}")

@@ -8,6 +8,7 @@ named after the process that wrote it, so that what a killed run left behind can
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import math
@@ -132,8 +133,9 @@ def remove_stale(directory: Path = DIRECTORY) -> list[str]:
     for path in directory.glob("r1-weights-*"):
         match = _NAME.fullmatch(path.name)
         if match and _start_time(int(match["pid"])) != int(match["start"]):
-            path.unlink(missing_ok=True)
-            removed.append(path.name)
+            with contextlib.suppress(PermissionError):  # another user's: theirs to remove
+                path.unlink(missing_ok=True)
+                removed.append(path.name)
     return sorted(removed)
 
 

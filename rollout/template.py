@@ -7,7 +7,6 @@ ends in ``<think>``, so that the policy has to think), ``r1-zero`` (the plain-te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,18 +90,27 @@ def extract_answer(text: str, *, forced_think: bool = True) -> str | None:
     return reasoning.answer if tagged is None else tagged
 
 
+def check_template(template: str) -> None:
+    """Refuses a template that there is none of.
+
+    Raises:
+        ValueError: names those that there are.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+
+
 def prompt_text(problem: Problem, tokenizer: ChatTokenizer, template: str) -> str:
     """The prompt as the policy reads it, before tokenisation.
 
     Raises:
         ValueError: an unknown template, or a tokenizer without a chat template.
     """
+    check_template(template)
     if template == "raw":
         return problem.prompt
     if template == "r1-zero":
         return R1_ZERO_TEMPLATE.format(prompt=problem.prompt)
-    if template != "chat":
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
     if not getattr(tokenizer, "chat_template", True):
         raise ValueError("the tokenizer has no chat template: use template raw or r1-zero, or another tokenizer")
     messages = [{"role": "user", "content": problem.prompt}]
@@ -127,16 +135,3 @@ def render_prompt(problem: Problem, tokenizer: ChatTokenizer, template: str = "c
     if not token_ids:
         raise ValueError(f"problem {problem.id!r} renders to an empty prompt with template {template}")
     return token_ids
-
-
-def check_fits(problem: Problem, prompt_token_ids: Sequence[int], *, max_model_len: int) -> None:
-    """Refuses a prompt that leaves no room for a single new token in the context.
-
-    Raises:
-        ValueError: names the problem, its length and the limit, in tokens.
-    """
-    if len(prompt_token_ids) >= max_model_len:
-        raise ValueError(
-            f"the prompt of problem {problem.id!r} has {len(prompt_token_ids)} tokens and the context {max_model_len}: "
-            "raise max_model_len or drop problems this long"
-        )

@@ -104,7 +104,7 @@ def engine_arguments(folder: Path, config: EngineConfig, options: StartOptions, 
     if not cpu:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         return arguments
-    _check_latent(folder)
+    check_latent(folder)
     arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if "rotary" in options.mends:
         arguments["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
@@ -113,7 +113,12 @@ def engine_arguments(folder: Path, config: EngineConfig, options: StartOptions, 
     return arguments
 
 
-def _check_latent(folder: Path) -> None:
+def check_latent(folder: Path) -> None:
+    """Refuses a model folder whose MLA vLLM's CPU kernel does not run.
+
+    Raises:
+        ValueError: names the sizes.
+    """
     fields = json.loads((folder / "config.json").read_text())
     rank, rope = fields.get("kv_lora_rank"), fields.get("qk_rope_head_dim")
     if rank and rope and rank + rope != _CPU_LATENT:

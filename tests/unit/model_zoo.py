@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "yarn-plain": dict(rope_parameters={k: v for k, v in YARN.items() if not k.startswith("mscale")}),
     "tied": dict(tie_word_embeddings=True),
     "bias": dict(attention_bias=True, q_lora_rank=14),
+    # Of the norms between the layers only: those of the latents stay at 1e-6, in transformers as here.
+    "norm-eps": dict(rms_norm_eps=1e-3, q_lora_rank=14, initializer_range=0.1),
 }
 
 

@@ -263,8 +263,8 @@ def evaluate_model(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         "greedy_ci95": [0.7, 0.8], "by_problem": {"p": 0.5}, "greedy_by_problem": {"p": 1.0},
     }  # fmt: skip
 
-    def evaluate(model: str, loaded: Any, *, out: Path | None = None) -> dict[str, Any]:
-        calls.append((model, loaded, out))
+    def evaluate(model: str, loaded: Any, *, out: Path | None = None, trained_by: Any = None) -> dict[str, Any]:
+        calls.append((model, loaded, out, trained_by))
         return {"model": model, "results": {"hard": row}}
 
     monkeypatch.setattr(pipelines.evaluate, "evaluate_model", evaluate, raising=False)
@@ -275,8 +275,8 @@ def test_eval(recipe: str, evaluate_model: list[Any], tmp_path: Path, capsys: py
     (tmp_path / "run" / "03-grpo" / "model").mkdir(parents=True)
     (tmp_path / "run" / "03-grpo" / "model" / "config.json").write_text("{}")
     assert cli.main(["eval", "run", "--recipe", recipe, "seed=2", "--out", "there"]) == 0
-    model, loaded, out = evaluate_model[0]
-    assert (model, loaded.recipe.seed, out) == ("run/03-grpo/model", 2, Path("there"))
+    model, loaded, out, trained_by = evaluate_model[0]
+    assert (model, loaded.recipe.seed, out, trained_by) == ("run/03-grpo/model", 2, Path("there"), None)
     shown = capsys.readouterr().out
     assert "50.0 [40.0, 60.0]" in shown and "75.0 [70.0, 80.0]" in shown
     assert cli.main(["eval", "org/name", "--recipe", recipe, "--json"]) == 0
@@ -293,7 +293,9 @@ def test_a_run_folder_brings_its_own_recipe(
     assert cli.main(["eval", "run"]) == 1
     assert "run holds no model" in capsys.readouterr().err
     (tmp_path / "run" / "config.json").write_text("{}")
-    assert cli.main(["eval", "run"]) == 0 and evaluate_model[0][1].recipe.name == "small"
+    assert cli.main(["eval", "run", "seed=7"]) == 0
+    _, loaded, _, trained_by = evaluate_model[0]
+    assert (loaded.recipe.name, loaded.recipe.seed, trained_by.recipe.seed) == ("small", 7, 0), "trained as it was"
     assert cli.main(["eval", "elsewhere"]) == 1
     assert "--recipe is missing" in capsys.readouterr().err
 

@@ -16,11 +16,11 @@ MINI = Path(__file__).parents[1] / "integration" / "support" / "mini.yaml"
 
 def test_no_training_problem_is_held_out() -> None:
     problems = ProblemSets(load_recipe(MINI).recipe)
-    held = {fingerprint(p) for item in problems.heldout_sets() for p in problems.heldout(item)}
+    held = {fingerprint(p.prompt) for item in problems.heldout_sets() for p in problems.heldout(item)}
     assert len(held) == 6
     for stage in load_recipe(MINI).recipe.stages:
         if stage.kind in ("sft", "grpo"):
-            train = {fingerprint(p) for p in problems.training(stage.data)}  # type: ignore[attr-defined]
+            train = {fingerprint(p.prompt) for p in problems.training(stage.data)}  # type: ignore[attr-defined]
             assert not train & held
 
 
@@ -28,7 +28,7 @@ def test_held_out_problems_would_be_trained_on_if_they_were_not_removed(monkeypa
     problems = ProblemSets(
         load_recipe(MINI, ["stages.before.sets.0.data.size=60", "stages.after.sets.0.data.size=60"]).recipe
     )
-    monkeypatch.setattr("pipelines.problem_sets.fingerprint", lambda problem: problem.id)  # nothing is recognised
+    monkeypatch.setattr("pipelines.problem_sets.fingerprints", lambda problem: {problem.id})  # nothing is recognised
     with pytest.raises(ValueError, match="is also short problem"):
         problems.training(problems._recipe.stages[0].data)  # type: ignore[attr-defined]
 

@@ -279,7 +279,7 @@ def test_a_mixture_needs_a_size_and_flat_parts():
 
 def test_the_fingerprint_sees_what_is_asked_and_not_how_it_is_set():
     def of(prompt):
-        return fingerprint(Problem(id=prompt, prompt=prompt))
+        return fingerprint(prompt)
 
     assert of("What is  1+1?\n") == of("what is 1+1?") == of("What is １+１?")
     assert of("1+12") != of("1+1 2") and of("1+1") != of("1+2")
@@ -287,7 +287,7 @@ def test_the_fingerprint_sees_what_is_asked_and_not_how_it_is_set():
 
 def test_held_out_problems_are_kept_out_and_replaced():
     held = load_problems(chain_sum(60, distinct=True, seed=9))
-    prints = {fingerprint(p) for p in held}
+    prints = {fingerprint(p.prompt) for p in held}
     free = load_problems(chain_sum(500))
     train = load_problems(chain_sum(500), exclude=prints)
     assert len(train) == 500
@@ -304,7 +304,7 @@ def test_the_check_names_the_first_shared_problem():
 
 def test_a_file_whose_rows_are_all_held_out_is_empty(rows):
     config = DataConfig(source=f"jsonl:{rows}", prompt_field="question", answer_field="gold")
-    prints = [fingerprint(p) for p in load_problems(config)]
+    prints = [fingerprint(p.prompt) for p in load_problems(config)]
     assert len(load_problems(config, exclude=prints[:4])) == 2
     with pytest.raises(ValueError, match=r"is empty \(6 rows were held out"):
         load_problems(config, exclude=prints)

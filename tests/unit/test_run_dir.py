@@ -170,16 +170,16 @@ def test_groups_come_back_without_loss(tmp_path: Path) -> None:
 
 def test_a_complete_step_is_rewritten_in_order(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "01-grpo", "rl", "grpo", lambda row: None)
-    stage.append_group(7, group("b"))
-    stage.append_group(7, group("a"))
+    stage.journal(step_name(7)).append(group("b"))
+    stage.journal(step_name(7)).append(group("a"))
     stage.complete_step(7, [group("a", advantage=1.0), group("b", advantage=-1.0)])
     rows = [json.loads(line) for line in (stage.rollouts / "step-000007.jsonl").read_text().splitlines()]
     assert [(row["problem"]["id"], row["rollouts"][0]["advantage"]) for row in rows] == [("a", 1.0), ("b", -1.0)]
     completion = rows[0]["rollouts"][0]["completion"]
     assert completion["text"] == "3+5=8" and completion["finish_reason"] == "length"
     assert completion["policy_version"] == 4
-    assert stage.finished(7)["a"].rollouts[0].advantage == 1.0
-    assert stage.finished(8) == {}
+    assert stage.journal(step_name(7)).finished()["a"].rollouts[0].advantage == 1.0
+    assert stage.journal(step_name(8)).finished() == {}
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_full_disk_stops_with_one_line_and_an_intact_folder(small_disk: Path, 
         stage = run.stage(0, "sft", "sft")
         stage.mark_done({"loss": 1.0})
         while True:
-            stage.append_group(1, group(f"p{written}", text="x" * 5000))
+            stage.journal(step_name(1)).append(group(f"p{written}", text="x" * 5000))
             written += 1
     assert error.value.errno == errno.ENOSPC and "\n" not in str(error.value) and written > 5
 
@@ -407,10 +407,14 @@ def test_a_full_disk_stops_with_one_line_and_an_intact_folder(small_disk: Path, 
     (small_disk / "small" / "filler").unlink()
     (small_disk / "room").write_bytes(b"")
     stage = StageDir(small_disk / "small" / "01-sft", "sft", "sft", lambda row: None)
-    assert list(stage.finished(1)) == [f"p{number}" for number in range(written)], "every finished group is there"
+    assert list(stage.journal(step_name(1)).finished()) == [f"p{number}" for number in range(written)], (
+        "every finished group is there"
+    )
     with pytest.raises(RunDirError, match="disk is full"):
-        stage.complete_step(1, list(stage.finished(1).values()))  # needs the space of a second copy
-    assert len(stage.finished(1)) == written and stage.done == {"loss": 1.0}
+        stage.complete_step(
+            1, list(stage.journal(step_name(1)).finished().values())
+        )  # needs the space of a second copy
+    assert len(stage.journal(step_name(1)).finished()) == written and stage.done == {"loss": 1.0}
     (stage.rollouts / f"{step_name(1)}.jsonl").unlink()
     with RunDir.open(small_disk, loaded) as run:  # room again: it goes on
         assert run.resumed

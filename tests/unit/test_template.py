@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from rollout.template import (
     Reasoning,
     answer_in_tags,
-    check_fits,
     extract_answer,
     forces_thinking,
     prompt_text,
@@ -155,9 +154,3 @@ def test_an_empty_prompt_is_refused():
 
     with pytest.raises(ValueError, match="'p1' renders to an empty prompt"):
         render_prompt(PROBLEM, Mute(), "raw")
-
-
-def test_a_prompt_must_leave_room_for_one_token():
-    check_fits(PROBLEM, [0] * 9, max_model_len=10)
-    with pytest.raises(ValueError, match=r"'p1' has 10 tokens and the context 10"):
-        check_fits(PROBLEM, [0] * 10, max_model_len=10)

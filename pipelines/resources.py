@@ -1,0 +1,76 @@
+"""What the machine or the cluster gives, and how Ray is started on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from typing import Any
+
+from rollout.engine import EngineConfig
+
+
+def own_cores(limit: int) -> list[int]:
+    """The first ``limit`` (0: all) of the CPU cores that this process may use: learner and engines share them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if limit > len(cores):
+        raise ValueError(f"run.cpus is {limit}, but only {len(cores)} cores may be used here: lower it, or 0 for all")
+    return cores[: limit or None]
+
+
+def count_gpus() -> int:
+    """GPUs of the whole cluster; the learner takes one, the rollout workers share the others."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def actor(service: type, **options: Any) -> Any:
+    """A Ray actor class of a plain class; ``.remote(...)`` starts one. Ray never restarts it by itself."""
+    import ray
+
+    return ray.remote(service).options(max_restarts=0, **options)
+
+
+def start_ray(address: str | None, cores: int) -> None:
+    """Joins the cluster at ``address``, or starts Ray on this machine, unless this process has one already."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # A thread that spins for long while it waits takes the core from whoever it waits for: on a busy machine a
+    # learner's step was seen to take ten times as long. One that sleeps at once costs half the speed of an idle
+    # machine, whose waits are short. Inherited by every actor; read when OpenMP (GNU's) is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    local: dict[str, Any] = {} if address else {
+        "num_cpus": cores + 8, "include_dashboard": False, "object_store_memory": 256 * 2**20,
+    }  # fmt: skip
+    asked_to_end = signal.getsignal(signal.SIGTERM)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="r1", **local)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends a driver with a stack trace; a run ends in one line and lets go of its folder.
+        signal.signal(signal.SIGTERM, asked_to_end)
+
+
+def gpus_of_one(gpus: int) -> float:
+    """GPUs of the learner, and of each rank of an engine: one each; where there is one GPU they share it."""
+    return 0.5 if gpus == 1 else min(gpus, 1)
+
+
+def check_gpus(engine: EngineConfig, gpus: int) -> None:
+    """Sees that learner and engines fit on the GPUs, which Ray would wait for without a word.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ranks = max(1, engine.workers) * engine.tensor_parallel
+    if gpus and ranks > max(1, gpus - 1):
+        raise ValueError(
+            f"engine.workers x engine.tensor_parallel asks for {ranks} GPUs beside the learner's, and there are {gpus} "
+            "in all (a single one is shared by learner and engine): lower them, or add GPUs"
+        )
