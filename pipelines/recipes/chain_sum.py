@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from random import Random
-from string import ascii_lowercase
 
 from rollout.template import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE
 from rollout.types import Problem
@@ -18,7 +17,6 @@ from rollout.types import Problem
 _NUMBER = re.compile(r"-?\d+")
 _EXPRESSION = re.compile(r"-?\d+(?:[+-]-?\d+)*")
 _TERM = re.compile(r"(?<=\d)([+-])(-?\d+)")
-_LETTER = re.compile(r"[a-z](?=[+-]?\d)")
 _FLIP = {"+": "-", "-": "+"}
 
 
@@ -35,36 +33,17 @@ def compact(problem: Problem) -> Problem:
     return replace(problem, prompt=expression.replace(" ", ""))
 
 
-def lettered(problem: Problem) -> Problem:
-    """Like :func:`compact`, with a letter before each term: ``a3b+5c-2``.
-
-    A policy of two layers finds the term after "b" by the letter, wherever it stands; without letters it counts
-    places, and what it has learned of short chains tells it nothing about longer ones.
-
-    Raises:
-        ValueError: as :func:`compact`, or more terms than letters.
-    """
-    first, rest = parse(compact(problem).prompt)
-    terms = [str(first), *(f"{operator}{magnitude}" for operator, magnitude in rest)]
-    if len(terms) > len(ascii_lowercase):
-        raise ValueError(f"problem {problem.id!r} has {len(terms)} terms, there are {len(ascii_lowercase)} letters")
-    return replace(problem, prompt="".join(map(str.__add__, ascii_lowercase, terms)))
-
-
 def parse(expression: str) -> tuple[int, list[tuple[str, int]]]:
     """First number and the (operator, magnitude) pairs after it: ``3+5--2`` -> (3, [("+", 5), ("+", 2)]).
-
-    Letters before the terms are skipped.
 
     Raises:
         ValueError: the text is not a chain of whole numbers joined by + and -.
     """
-    plain = _LETTER.sub("", expression)
-    if not _EXPRESSION.fullmatch(plain):
+    if not _EXPRESSION.fullmatch(expression):
         raise ValueError(f"not a sum of whole numbers: {expression!r}")
-    first = _NUMBER.match(plain)
+    first = _NUMBER.match(expression)
     assert first is not None
-    steps = [(operator, int(number)) for operator, number in _TERM.findall(plain)]
+    steps = [(operator, int(number)) for operator, number in _TERM.findall(expression)]
     return int(first[0]), [(op if n >= 0 else _FLIP[op], abs(n)) for op, n in steps]
 
 
@@ -72,10 +51,9 @@ def running_sums(problem: Problem, rng: Random | None = None, corrupt: float = 0
     """A demonstration: each partial sum, then the answer.
 
     ``3+5-2`` -> ``3+5=8;8-2=6</think><answer>6</answer>``; the prompt template has opened the thinking already.
-    ``a3b+5c-2`` -> ``b3+5=8;c8-2=6</think><answer>6</answer>``: each step begins with the letter of its term.
 
     Args:
-        problem: one that ``compact`` or ``lettered`` rewrote.
+        problem: one that ``compact`` rewrote.
         rng: source of the corruptions; needed only for corrupt > 0.
         corrupt: chance in [0, 1] of each step to be off by one or two. Later steps go on from the wrong value, so that
             the demonstration stays consistent and ends in a wrong answer.
@@ -84,11 +62,10 @@ def running_sums(problem: Problem, rng: Random | None = None, corrupt: float = 0
         ValueError: the prompt is not a compact expression, corrupt is not in [0, 1], or has no rng.
     """
     total, rest = parse(problem.prompt)
-    letters = _LETTER.findall(problem.prompt)[1:] or [""] * len(rest)
     steps = []
-    for letter, (operator, magnitude) in zip(letters, rest, strict=True):
+    for operator, magnitude in rest:
         result = total + (magnitude if operator == "+" else -magnitude) + _slip(rng, corrupt)
-        steps.append(f"{letter}{total}{operator}{magnitude}={result}")
+        steps.append(f"{total}{operator}{magnitude}={result}")
         total = result
     return f"{';'.join(steps)}{_answer(total)}"
 
