@@ -17,6 +17,8 @@ from rollout.types import Problem
 _NUMBER = re.compile(r"-?\d+")
 _EXPRESSION = re.compile(r"-?\d+(?:[+-]-?\d+)*")
 _TERM = re.compile(r"(?<=\d)([+-])(-?\d+)")
+_SIGNED = re.compile(r"([+-])(\d+)")
+_BACKWARDS = re.compile(r"(?:[+-]\d+)+")
 _FLIP = {"+": "-", "-": "+"}
 
 
@@ -26,11 +28,41 @@ def compact(problem: Problem) -> Problem:
     Raises:
         ValueError: the problem does not carry a chain_sum entry of reasoning-gym.
     """
+    return replace(problem, prompt=_expression(problem))
+
+
+def backwards(problem: Problem) -> Problem:
+    """Like :func:`compact`, the terms in reverse order, each with its sign: ``3+5-2`` becomes ``-2+5+3``.
+
+    The sum is the same, and the running sums go through it from right to left. So the first term stands right before
+    the thinking and the n-th always at the same distance from it, however long the chain is: a small policy finds terms
+    by distance, and carries over to longer chains what it learned of short ones.
+
+    Raises:
+        ValueError: as :func:`compact`.
+    """
+    first, rest = parse(_expression(problem))
+    terms = [f"{first:+d}", *(f"{operator}{magnitude}" for operator, magnitude in rest)]
+    return replace(problem, prompt="".join(reversed(terms)))
+
+
+def backwards_without_zeros(problem: Problem) -> Problem | None:
+    """Like :func:`backwards`, but drops chains with a 0 in them: who skips the 0 is right by accident.
+
+    Where hardly any answer is right such accidents are most of what reinforcement learning sees.
+
+    Raises:
+        ValueError: as :func:`compact`.
+    """
+    written = backwards(problem)
+    return None if any(int(digits) == 0 for _, digits in _SIGNED.findall(written.prompt)) else written
+
+
+def _expression(problem: Problem) -> str:
     try:
-        expression = problem.metadata["entry"]["metadata"]["expression"]
+        return problem.metadata["entry"]["metadata"]["expression"].replace(" ", "")
     except (KeyError, TypeError):
         raise ValueError(f"problem {problem.id!r} is not one of reasoning_gym:chain_sum (no expression)") from None
-    return replace(problem, prompt=expression.replace(" ", ""))
 
 
 def parse(expression: str) -> tuple[int, list[tuple[str, int]]]:
@@ -50,10 +82,11 @@ def parse(expression: str) -> tuple[int, list[tuple[str, int]]]:
 def running_sums(problem: Problem, rng: Random | None = None, corrupt: float = 0.0) -> str:
     """A demonstration: each partial sum, then the answer.
 
-    ``3+5-2`` -> ``3+5=8;8-2=6</think><answer>6</answer>``; the prompt template has opened the thinking already.
+    ``3+5-2`` or ``-2+5+3`` -> ``3+5=8;8-2=6</think><answer>6</answer>``; the prompt template has opened the thinking
+    already.
 
     Args:
-        problem: one that ``compact`` rewrote.
+        problem: one that ``compact`` or ``backwards`` rewrote.
         rng: source of the corruptions; needed only for corrupt > 0.
         corrupt: chance in [0, 1] of each step to be off by one or two. Later steps go on from the wrong value, so that
             the demonstration stays consistent and ends in a wrong answer.
@@ -61,7 +94,7 @@ def running_sums(problem: Problem, rng: Random | None = None, corrupt: float = 0
     Raises:
         ValueError: the prompt is not a compact expression, corrupt is not in [0, 1], or has no rng.
     """
-    total, rest = parse(problem.prompt)
+    total, rest = _chain(problem)
     steps = []
     for operator, magnitude in rest:
         result = total + (magnitude if operator == "+" else -magnitude) + _slip(rng, corrupt)
@@ -78,9 +111,17 @@ def no_thinking(problem: Problem, rng: Random | None = None, corrupt: float = 0.
     Raises:
         ValueError: as :func:`running_sums`.
     """
-    first, rest = parse(problem.prompt)
+    first, rest = _chain(problem)
     total = first + sum(magnitude if operator == "+" else -magnitude for operator, magnitude in rest)
     return _answer(total + _slip(rng, corrupt))
+
+
+def _chain(problem: Problem) -> tuple[int, list[tuple[str, int]]]:
+    """First number and the steps after it, in the order in which the prompt wants them taken."""
+    if not _BACKWARDS.fullmatch(problem.prompt):
+        return parse(problem.prompt)
+    last, *before = reversed(_SIGNED.findall(problem.prompt))
+    return int("".join(last)), [(sign, int(digits)) for sign, digits in before]
 
 
 def _slip(rng: Random | None, corrupt: float) -> int:

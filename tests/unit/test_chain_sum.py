@@ -7,22 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.recipes.chain_sum import compact, no_thinking, parse, running_sums
+from pipelines.recipes.chain_sum import backwards, compact, no_thinking, parse, running_sums
 from rewards.reasoning_gym import reasoning_gym
 from rollout.prompts import DataConfig, load_problems
 from rollout.template import extract_answer, split_reasoning
 from rollout.types import Problem
-
-COMPACT = "pipelines.recipes.chain_sum:compact"
 
 
 def problem(expression: str) -> Problem:
     return Problem(id="x", prompt=expression)
 
 
-def generated(size: int = 400, **params) -> list[Problem]:
-    config = DataConfig(source="reasoning_gym:chain_sum", params=params, size=size, seed=3, rewrite=COMPACT)
-    return load_problems(config)
+def generated(size: int = 400, rewrite=compact, **params) -> list[Problem]:
+    path = f"pipelines.recipes.chain_sum:{rewrite.__name__}"
+    return load_problems(DataConfig(source="reasoning_gym:chain_sum", params=params, size=size, seed=3, rewrite=path))
 
 
 def score(problem: Problem, text: str) -> float | None:
@@ -38,6 +36,14 @@ def test_compact_keeps_everything_but_the_wording():
     assert re.fullmatch(r"\d[+-]\d[+-]\d", first.prompt)
 
 
+def test_backwards_is_the_same_sum_in_reverse_order():
+    forth, back = generated(50, max_terms=6), generated(50, rewrite=backwards, max_terms=6)
+    for one, other in zip(forth, back, strict=True):
+        assert other.prompt == "".join(reversed(re.findall(r"[+-]\d+", f"+{one.prompt}")))
+        assert running_sums(one) == running_sums(other) and no_thinking(one) == no_thinking(other)
+        assert other.answer == one.answer
+
+
 def test_compact_refuses_another_task():
     with pytest.raises(ValueError, match="not one of reasoning_gym:chain_sum"):
         compact(problem("3 + 5"))
@@ -51,6 +57,8 @@ def test_compact_refuses_another_task():
         ("3-0+0", "3-0=3;3+0=3</think><answer>3</answer>"),
         ("12-7", "12-7=5</think><answer>5</answer>"),
         ("4", "</think><answer>4</answer>"),
+        ("-2+5+3", "3+5=8;8-2=6</think><answer>6</answer>"),  # with its first sign: backwards
+        ("+4", "</think><answer>4</answer>"),
         ("-4+-5--6", "-4-5=-9;-9+6=-3</think><answer>-3</answer>"),
     ],
 )
@@ -62,7 +70,7 @@ def test_no_thinking_by_hand():
     assert no_thinking(problem("3-5+1")) == "</think><answer>-1</answer>"
 
 
-@pytest.mark.parametrize("expression", ["", "3+", "+3", "3 + 5", "3*5", "3+x", "3++5"])
+@pytest.mark.parametrize("expression", ["", "3+", "3 + 5", "3*5", "3+x", "3++5"])
 def test_what_is_no_chain_of_sums_is_refused(expression):
     with pytest.raises(ValueError, match="not a sum of whole numbers"):
         running_sums(problem(expression))
