@@ -152,6 +152,8 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     path = Path(options.model).expanduser()
     own = path / "recipe.resolved.yaml"
     if options.recipe is None and not own.is_file():
+        if not path.exists():
+            raise ValueError(f"there is no {path} here; a model of the hub needs --recipe, whose held-out sets it gets")
         raise ValueError("--recipe is missing: it names the recipe whose held-out sets are evaluated")
     loaded = _load(options.recipe or str(own), options.overrides)
     model = str(model_folder(path)) if path.exists() else options.model

@@ -1,0 +1,48 @@
+"""Services for real actors that can be watched and made to fail. Imports little: every actor's process imports it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from pipelines.actors import LearnerService, RolloutService
+from rollout.scripted_engine import Faults, Scripted, ScriptedEngine
+
+
+class WatchedRollouts(RolloutService):
+    """A rollout service that says which process it is, and how many requests have arrived."""
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def arrived(self) -> int:
+        assert isinstance(self.engine, ScriptedEngine)
+        return len(self.engine.requests)
+
+    async def fail(self, kind: type[Exception], words: str) -> None:
+        """Raises as an engine would."""
+        raise kind(words)
+
+
+class WatchedLearner(LearnerService):
+    """A learner that says which process it is, and has work that does not end."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def work(self) -> None:
+        time.sleep(600)
+
+
+def scripted(hang_on: int = 0) -> ScriptedEngine:
+    """An engine that says how long the prompt is, and which seed it was given."""
+    return ScriptedEngine(_say, faults=Faults(hang_on=hang_on))
+
+
+def refusing() -> ScriptedEngine:
+    """An engine that cannot be started."""
+    raise ValueError("vLLM cannot run this model: no such layer")
+
+
+def _say(prompt: tuple[int, ...], seed: int) -> Scripted:
+    return Scripted(token_ids=(len(prompt), seed % 97), text="x")
