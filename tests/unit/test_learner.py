@@ -30,7 +30,7 @@ from policy.config import LearnerConfig, LossConfig, OptimizerConfig
 from policy.glossary import LEARNER_METRICS
 from policy.learner import Learner
 from policy.model import PolicyModel
-from policy.optimizer import NonFiniteError, learning_rate
+from policy.optimizer import NonFiniteError
 from policy.presets import preset_config
 from policy.scorer import TokenScorer, frozen_copy
 
@@ -506,46 +506,3 @@ def test_a_model_whose_config_does_not_tell_is_found_out_by_a_probe(monkeypatch:
     model = Gemma2ForCausalLM(Gemma2Config(**{**DENSE, "initializer_range": 2.0}, final_logit_softcapping=5.0))
     with pytest.raises(ValueError, match="soft-capping or scaling"):
         learner(model)
-
-
-# --- optimizer ------------------------------------------------------------------------------------------------------
-
-
-def test_schedules_by_hand() -> None:
-    def lrs(**fields: Any) -> list[float]:
-        return [learning_rate(OptimizerConfig(lr=1.0, **fields), step, 5) for step in range(7)]
-
-    assert lrs() == [1.0] * 7
-    assert lrs(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
-    assert lrs(schedule="linear") == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0])
-    assert lrs(schedule="linear", min_lr_ratio=0.5) == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5])
-    half = math.sqrt(0.5) / 2
-    assert lrs(schedule="cosine") == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0, 0.0, 0.0])
-    assert lrs(schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
-
-
-def test_the_gradient_is_clipped_and_its_norm_reported_unclipped() -> None:
-    samples = batch()
-    _, raw = gradients(learner(policy()), samples)
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in raw.values()))
-    seen: dict[str, Tensor] = {}
-    ours = learner(policy(), max_grad_norm=norm / 10)
-
-    def keep(*_: Any) -> None:
-        seen.update({n: p.grad.clone() for n, p in ours.model.named_parameters() if p.grad is not None})
-
-    ours._optimizer._adamw.register_step_pre_hook(keep)
-    metrics = ours.step(samples)
-    assert metrics["learner/grad_norm"] == pytest.approx(norm, rel=1e-5)
-    clipped = math.sqrt(sum(float(g.double().square().sum()) for g in seen.values()))
-    assert clipped == pytest.approx(norm / 10, rel=1e-4)
-
-
-def test_decay_is_for_matrices_only() -> None:
-    model = policy()
-    learner(model, weight_decay=0.5, lr=1e-8)
-    ours = learner(model, weight_decay=0.5)
-    groups = ours._optimizer._adamw.param_groups
-    assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
-    assert all(p.ndim >= 2 for p in groups[0]["params"])
-    assert all(p.ndim < 2 for p in groups[1]["params"])

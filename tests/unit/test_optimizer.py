@@ -1,17 +1,18 @@
-"""The schedule spans the stage: steps that had nothing to learn from move it on as well."""
+"""The optimizer: schedules, clipping, decay; and steps that had nothing to learn from, which move the schedule on."""
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from policy.config import OptimizerConfig
 from policy.optimizer import PolicyOptimizer, learning_rate
-from tests.unit.test_learner import assert_same_bits, batch, learner, policy, weights
+from tests.unit.test_learner import assert_same_bits, batch, gradients, learner, policy, weights
 
 LINEAR: dict[str, Any] = {"schedule": "linear", "lr": 1e-3, "total_steps": 4}
 
@@ -81,3 +82,43 @@ def test_an_optimizer_counts_its_steps_and_its_position_apart() -> None:
     other = PolicyOptimizer(nn.Linear(2, 1, bias=False), config, total_steps=5)
     other.load_state_dict(optimizer.state_dict())
     assert (other.steps, other.position, other.lr) == (4, 6, 0.0)
+
+
+def test_schedules_by_hand() -> None:
+    def lrs(**fields: Any) -> list[float]:
+        return [learning_rate(OptimizerConfig(lr=1.0, **fields), step, 5) for step in range(7)]
+
+    assert lrs() == [1.0] * 7
+    assert lrs(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    assert lrs(schedule="linear") == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0])
+    assert lrs(schedule="linear", min_lr_ratio=0.5) == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5])
+    half = math.sqrt(0.5) / 2
+    assert lrs(schedule="cosine") == pytest.approx([1.0, 0.5 + half, 0.5, 0.5 - half, 0.0, 0.0, 0.0])
+    assert lrs(schedule="linear", warmup_steps=2) == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+
+
+def test_the_gradient_is_clipped_and_its_norm_reported_unclipped() -> None:
+    samples = batch()
+    _, raw = gradients(learner(policy()), samples)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in raw.values()))
+    seen: dict[str, Tensor] = {}
+    ours = learner(policy(), max_grad_norm=norm / 10)
+
+    def keep(*_: Any) -> None:
+        seen.update({n: p.grad.clone() for n, p in ours.model.named_parameters() if p.grad is not None})
+
+    ours._optimizer._adamw.register_step_pre_hook(keep)
+    metrics = ours.step(samples)
+    assert metrics["learner/grad_norm"] == pytest.approx(norm, rel=1e-5)
+    clipped = math.sqrt(sum(float(g.double().square().sum()) for g in seen.values()))
+    assert clipped == pytest.approx(norm / 10, rel=1e-4)
+
+
+def test_decay_is_for_matrices_only() -> None:
+    model = policy()
+    learner(model, weight_decay=0.5, lr=1e-8)
+    ours = learner(model, weight_decay=0.5)
+    groups = ours._optimizer._adamw.param_groups
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]["params"])
+    assert all(p.ndim < 2 for p in groups[1]["params"])
