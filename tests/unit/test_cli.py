@@ -297,6 +297,9 @@ def test_a_run_folder_brings_its_own_recipe(
     _, loaded, _, trained_by = evaluate_model[0]
     assert (loaded.recipe.name, loaded.recipe.seed, trained_by.recipe.seed) == ("small", 7, 0), "trained as it was"
     assert cli.main(["eval", "elsewhere"]) == 1
+    assert "there is no elsewhere here; a model of the hub needs --recipe" in capsys.readouterr().err
+    (tmp_path / "run" / "recipe.resolved.yaml").unlink()
+    assert cli.main(["eval", "run"]) == 1
     assert "--recipe is missing" in capsys.readouterr().err
 
 
