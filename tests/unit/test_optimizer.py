@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from policy.config import OptimizerConfig
 from policy.optimizer import PolicyOptimizer, learning_rate
-from tests.unit.test_learner import assert_same_bits, batch, gradients, learner, policy, weights
+from tests.unit.test_learner import (
+    assert_same_bits,
+    batch,
+    gradients,
+    learner,
+    policy,
+    weights,
+    worst_difference,
+)
 
 LINEAR: dict[str, Any] = {"schedule": "linear", "lr": 1e-3, "total_steps": 4}
 
