@@ -112,6 +112,12 @@ class LearnerService:
 
         return TokenScorer(self.model, chunk=LearnerConfig().logprob_chunk).sequence_logprobs(sequences, temperature)
 
+    def router_margins(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """How near to a tie the routing of tokens 0..T-2 of each sequence is under the current weights."""
+        from policy.scorer import TokenScorer
+
+        return TokenScorer(self.model, chunk=LearnerConfig().logprob_chunk).router_margins(sequences)
+
     def publish(self, version: int, backend: str, run_id: str, receivers: int) -> WeightUpdate:
         """Makes the current weights available to rollout workers (on ``receivers`` GPUs) as ``version``."""
         from pipelines.weight_sync import WeightSender

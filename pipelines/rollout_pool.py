@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.actors import Handle, settle
-from pipelines.weight_sync import attest_bytes, attest_meaning
+from pipelines.weight_sync import AttestationError, attest_bytes, attest_meaning, before_ties
 from rollout.engine import EngineConfig, EngineDied, GenerateRequest, WeightUpdate
 from rollout.types import Problem, Rollout, RolloutGroup, SamplingParams
 
@@ -70,6 +70,7 @@ class WeightSource:
         update: the published version.
         canary: prompts for the attestation by meaning.
         score: log-probabilities of tokens 1..T-1 of given sequences under the published weights.
+        margins: how near to a tie the routing of their tokens 0..T-2 is; asked for only when they differ.
         describe: token ids -> readable tokens, for the error message.
         dtype: of the engines, for the default tolerance.
     """
@@ -77,6 +78,7 @@ class WeightSource:
     update: WeightUpdate
     canary: Sequence[Sequence[int]]
     score: Callable[[Sequence[Sequence[int]]], list[list[float]]]
+    margins: Callable[[Sequence[Sequence[int]]], list[list[float]]]
     describe: Callable[[Sequence[int]], list[str]]
     dtype: str
 
@@ -296,19 +298,34 @@ class RolloutPool:
     def _attest(
         self, slot: _Slot, tokens: list[list[int]], engine: list[list[float]], learner: list[list[float]]
     ) -> list[float]:
+        """|Δlogp| of the canary's tokens, once they are accepted; those behind a router's tie left out."""
         source = self._source
         assert source is not None
         names = [source.describe(ids[1:]) for ids in tokens]
-        attest_meaning(
-            [x for row in engine for x in row],
-            [x for row in learner for x in row],
-            [x for row in names for x in row],
-            tolerance=self._config.attest_tolerance or None,
-            dtype=source.dtype,
-            worker=slot.index,
+        rows = [[*zip(e, lr, n, strict=True)] for e, lr, n in zip(engine, learner, names, strict=True)]
+        check = partial(
+            attest_meaning, tolerance=self._config.attest_tolerance or None, dtype=source.dtype, worker=slot.index,
             version=source.update.version,
-        )
-        return [abs(a - b) for e, lr in zip(engine, learner, strict=True) for a, b in zip(e, lr, strict=True)]
+        )  # fmt: skip
+        try:
+            check(*_columns(rows))
+        except AttestationError:
+            settled = before_ties(source.margins(tokens), source.dtype)
+            kept = [row[:count] for row, count in zip(rows, settled, strict=True)]
+            left_out = sum(map(len, rows)) - sum(map(len, kept))
+            if not left_out or left_out > sum(map(len, kept)):
+                raise
+            check(*_columns(kept))
+            self._on_event({
+                "event": "router_tie", "worker": slot.index, "version": source.update.version, "left_out": left_out,
+            })  # fmt: skip
+            rows = kept
+        return [abs(e - lr) for row in rows for e, lr, _ in row]
+
+
+def _columns(rows: Sequence[Sequence[tuple[float, float, str]]]) -> tuple[list[float], list[float], list[str]]:
+    found = [item for row in rows for item in row]
+    return [e for e, _, _ in found], [lr for _, lr, _ in found], [name for _, _, name in found]
 
 
 def _submit(slot: _Slot, *, method: str, arguments: tuple[Any, ...]) -> Future[Any]:

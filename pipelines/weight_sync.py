@@ -167,6 +167,16 @@ def default_tolerance(dtype: str) -> tuple[float, float]:
     return (5e-4, 5e-5) if dtype == "float32" else (0.5, 0.05)
 
 
+def before_ties(margins: Sequence[Sequence[float]], dtype: str) -> list[int]:
+    """How many tokens of each sequence come before the first whose routing is as good as a tie.
+
+    Where two experts score alike up to rounding, engine and learner may choose differently, and everything from that
+    token on differs by much more than rounding although both hold the same weights.
+    """
+    tie = 2e-5 if dtype == "float32" else 2e-2
+    return [next((i for i, margin in enumerate(row) if margin < tie), len(row)) for row in margins]
+
+
 def attest_meaning(
     engine: Sequence[float],
     learner: Sequence[float],

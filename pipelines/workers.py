@@ -199,6 +199,7 @@ class Workers:
         source = WeightSource(
             update=update, canary=self._canary, dtype=self._recipe.model.dtype,
             score=lambda ids: self._ask_learner("sequence_logprobs", ids, 1.0),
+            margins=lambda ids: self._ask_learner("router_margins", ids),
             describe=lambda ids: self.tokenizer.convert_ids_to_tokens(list(ids)),
         )  # fmt: skip
         report = self._pool.sync(source)

@@ -51,6 +51,21 @@ class Router(nn.Module):
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
         return gates * self.scaling, experts
 
+    @torch.no_grad()
+    def margin(self, x: Tensor) -> Tensor:
+        """How far the choice for each token is from another one, in scores: 0 is a tie. [N, H] -> [N]
+
+        The smaller of two gaps: between the last chosen and the first refused expert, and the same of groups.
+        """
+        wide = at_least_fp32(x.dtype)
+        biased = F.linear(x.to(wide), self.weight.to(wide)).sigmoid() + self.e_score_correction_bias
+        nearest = torch.full_like(biased[:, 0], float("inf"))
+        if self.top_groups < self.groups:
+            by_group = biased.view(len(biased), self.groups, -1)
+            nearest = _gap(by_group.topk(2, dim=-1).values.sum(dim=-1), self.top_groups)
+            biased = self._open(biased)
+        return nearest.minimum(_gap(biased, self.top_k)) if self.top_k < biased.shape[1] else nearest
+
     def _choose(self, scores: Tensor) -> Tensor:
         """The K best experts of the best groups, by score plus correction bias. [N, E] -> [N, K]
 
@@ -58,11 +73,21 @@ class Router(nn.Module):
         """
         biased = scores + self.e_score_correction_bias
         if self.top_groups < self.groups:
-            grouped = biased.view(len(biased), self.groups, -1)
-            best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1, sorted=False).indices
-            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
-            biased = grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
+            biased = self._open(biased)
         return biased.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def _open(self, biased: Tensor) -> Tensor:
+        """The scores with those of all but the best groups at -inf. [N, E]"""
+        grouped = biased.view(len(biased), self.groups, -1)
+        best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.top_groups, dim=-1, sorted=False).indices
+        closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        return grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
+
+
+def _gap(values: Tensor, count: int) -> Tensor:
+    """Between the last of the ``count`` largest and the next. [N, M] -> [N]"""
+    best = values.topk(count + 1, dim=-1).values
+    return best[:, -2] - best[:, -1]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from policy.batch import MicroBatch, Sample, pack
 from policy.logprobs import token_logprobs
 from policy.model import PolicyModel
+from policy.moe import Router
 
 # Fields of transformers' configs that change the logits after the head, unless they are null or 1.
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -100,6 +101,32 @@ class TokenScorer:
         for micro in pack(samples, micro_batch_tokens):
             logprobs = self(micro.to(self.device), temperature).logprobs
             for index, part in zip(micro.sample_index, logprobs.split(micro.segment_lengths), strict=True):
+                found[index] = part.tolist()
+        return found
+
+    @torch.no_grad()
+    def router_margins(self, sequences: Sequence[Sequence[int]], micro_batch_tokens: int = 8192) -> list[list[float]]:
+        """How near to a tie the routing of each token but the last is, in any layer. S x [T] -> S x [T - 1]
+
+        See ``Router.margin``; infinite for a model without our router.
+        """
+        found: list[list[float]] = [[] for _ in sequences]
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        for micro in pack([Sample(token_ids=tuple(ids), prompt_length=1) for ids in sequences], micro_batch_tokens):
+            least = [torch.full((micro.tokens,), float("inf"), device=self.device)]
+
+            def look(router: Router, arguments: tuple[Tensor, ...], least: list[Tensor] = least) -> None:
+                least[0] = least[0].minimum(router.margin(arguments[0]).float())
+
+            hooks = [router.register_forward_pre_hook(look) for router in routers]
+            try:
+                self._hidden(
+                    micro.to(self.device)
+                )  # packed longest first, which is the order of the model's stream too
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            for index, part in zip(micro.sample_index, least[0].split(micro.segment_lengths), strict=True):
                 found[index] = part.tolist()
         return found
 

@@ -77,7 +77,7 @@ def source(version: int = 0) -> WeightSource:
     )
     return WeightSource(
         update=update, canary=[[1, 2, 3]], dtype="float32", score=lambda rows: [[LOGPROB] * (len(r) - 1) for r in rows],
-        describe=lambda ids: [f"<{i}>" for i in ids],
+        margins=lambda rows: [[0.1] * (len(r) - 1) for r in rows], describe=lambda ids: [f"<{i}>" for i in ids],
     )  # fmt: skip
 
 
