@@ -7,17 +7,14 @@ one writes the same two files below runs/benchmarks.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.measure import Comparison
-from benchmarks.options import Options
-from benchmarks.peer import Peer, PeerFailed, Port
+from benchmarks.apart import run_apart
+from benchmarks.peer import PeerFailed
 from benchmarks.report import Measurement, table, write
 
 NAMES = ("grpo", "rollout", "sync", "learner")
@@ -49,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began = time.perf_counter()
         console.rule(name)
         try:
-            comparisons = _run_apart(name, quick=args.quick, seed=args.seed)
+            comparisons = run_apart(name, quick=args.quick, seed=args.seed)
         except PeerFailed as error:
             console.print(str(error), markup=False, highlight=False)
             failed.append(name)
@@ -84,28 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and sampling (0)")
     parser.add_argument("--out", type=Path, help=f"where the files go ({_FULL}; with --quick {_QUICK})")
     return parser
-
-
-def _run_apart(name: str, *, quick: bool, seed: int) -> tuple[Comparison, ...]:
-    """One benchmark in a process of its own: its threads and its Ray end with it.
-
-    Raises:
-        PeerFailed: it failed; the message holds the traceback.
-    """
-    with Peer(f"the benchmark {name}", _serve, name, quick, seed) as peer:
-        return peer.ask("begin")
-
-
-def _serve(port: Port, name: str, quick: bool, seed: int) -> None:
-    port.receive()
-    with tempfile.TemporaryDirectory(prefix="r1-benchmark-") as scratch:
-        options = Options(scratch=Path(scratch), quick=quick, seed=seed, say=_say)
-        module = importlib.import_module(f"benchmarks.{name}")
-        port.send(tuple(module.run(options)))
-
-
-def _say(text: str) -> None:
-    print(f"  {text}", flush=True)
 
 
 if __name__ == "__main__":

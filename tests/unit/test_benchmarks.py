@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.__main__ import command_of, main
+from benchmarks.apart import run_apart
 from benchmarks.flops import active_parameters, attention_parameters, forward_flops, training_flops
 from benchmarks.grpo import workloads
 from benchmarks.machine import core_groups
@@ -367,6 +368,13 @@ def test_a_peer_answers_in_turns_and_ends() -> None:
     with Peer("doubler", _doubles, 2) as peer:
         assert [peer.ask(3), peer.ask(4)] == [6, 8]
     peer.close()
+
+
+def test_a_benchmark_runs_in_a_process_that_does_not_know_who_started_it() -> None:
+    with pytest.raises(PeerFailed, match="has no attribute 'run'"):  # it came as far as to look into the module
+        run_apart("options", quick=True, seed=0)
+    # A spawned process imports the module by name, and never the `__main__` of a package.
+    assert run_apart.__module__ == "benchmarks.apart"
 
 
 def test_a_peer_that_fails_says_why() -> None:
