@@ -16,6 +16,7 @@ from pipelines.run_dir import RunDir, StageDir
 from pipelines.schema import plain
 from pipelines.sft import SftStage, resolve_target, train_sft
 from pipelines.tracking import Tracker
+from rewards.base import check_problems
 from rewards.calling import bind
 from rewards.rubric import RubricConfig
 from rollout.types import Problem
@@ -81,9 +82,9 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
         if isinstance(stage, SftStage):
             _check_target(stage, problems.training(stage.data)[0])
         if isinstance(stage, GrpoStage):
-            _check_rewards(stage.name, stage.rewards)
+            _check_rewards(stage.name, stage.rewards, problems.training(stage.data))
         for item in (*getattr(stage, "sets", ()), *getattr(stage, "eval_sets", ())):
-            _check_rewards(f"{stage.name}.{item.name}", item.rewards)
+            _check_rewards(f"{stage.name}.{item.name}", item.rewards, problems.heldout(item))
             entry.setdefault("heldout", {})[item.name] = len(problems.heldout(item))
         stages.append(entry)
     _check_gates(recipe.stages)
@@ -160,17 +161,21 @@ def _check_target(stage: SftStage, problem: Problem) -> None:
         raise ValueError(f"stages.{stage.name}.target {stage.target!r} must return a text, got {type(text).__name__}")
 
 
-def _check_rewards(place: str, rubric: RubricConfig) -> None:
-    """Finds every reward function and what it asks for.
+def _check_rewards(place: str, rubric: RubricConfig, problems: Sequence[Problem]) -> None:
+    """Finds every reward function and what it asks for, and the problems that it could never judge.
 
     Raises:
-        ValueError: names the place in the recipe.
+        ValueError: names the place in the recipe, and the problem.
     """
     for function in rubric.functions:
         try:
-            bind(function)
+            bound = bind(function)
         except Exception as error:  # importing a user's module may raise anything: the reward boundary
             raise ValueError(f"stages.{place}.rewards: {function.path!r}: {type(error).__name__}: {error}") from error
+        try:
+            check_problems(bound.function, problems)
+        except ValueError as error:
+            raise ValueError(f"stages.{place}.data, for the reward {function.name!r}: {error}") from error
 
 
 def _check_gates(stages: Sequence[Any]) -> None:

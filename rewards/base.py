@@ -16,16 +16,17 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.types import Completion
+from rollout.types import Completion, Problem
 
 RewardFn = Callable[..., Any]  # float | Score | None, or an awaitable of one; other styles return lists or dicts
-RESERVED_METRICS = {"mean", "applied", "errors", "timeouts"}
-STYLES = ("plain", "trl", "trl_chat", "verl")
+Check = Callable[[Problem], None]
+RESERVED_METRICS = {"mean", "applied", "errors", "invalid", "crashes", "out_of_memory", "timeouts"}
+STYLES = ("plain", "trl", "trl_chat", "verl", "verl_batch")
 
 BUILT_IN = {
     "accuracy": "rewards.accuracy:accuracy",
@@ -66,10 +67,12 @@ class RewardConfig:
         name: what it is called in scores and metrics; the function's own name when left out.
         weight: factor of its score in the reward; 0 only logs it.
         style: calling convention: ``plain``, ``trl`` (prompts and completions as texts), ``trl_chat`` (as messages),
-            ``verl`` (compute_score).
+            ``verl`` (compute_score of one completion), ``verl_batch`` (compute_score of lists).
         timeout_s: deadline of one call, seconds, > 0; the process that overruns it is killed.
         retries: further attempts after a failure, >= 0.
         params: further keyword arguments of the function.
+        factory: arguments with which ``path`` is called once, to make the function; null when it is the function
+            itself. A class is a factory too: its instances are called.
     """
 
     path: str
@@ -79,6 +82,7 @@ class RewardConfig:
     timeout_s: float = 10.0
     retries: int = 0
     params: dict[str, Any] = field(default_factory=dict)
+    factory: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.path not in BUILT_IN and not all(self.path.rpartition(":")):
@@ -96,15 +100,16 @@ class RewardConfig:
             object.__setattr__(self, "name", self.path.rpartition(":")[2])
 
 
-def resolve(path: str, search: Sequence[str] = ()) -> RewardFn:
+def resolve(path: str, search: Sequence[str] = (), factory: Mapping[str, Any] | None = None) -> RewardFn:
     """The function behind a built-in name, ``module:function`` or ``file.py:function``.
 
     Args:
         search: folders where modules and files are looked for, after the import path.
+        factory: what stands there makes the function when it is called with these arguments; None: it is the function.
 
     Raises:
-        ValueError: no such module, file or function, or it is not callable. An exception that the module raises while
-            it is imported passes through.
+        ValueError: no such module, file or function, it is not callable, or the factory does not take the arguments. An
+            exception that the module raises while it is imported, or the factory in its work, passes through.
     """
     module_name, _, attribute = BUILT_IN.get(path, path).rpartition(":")
     module = _load_file(module_name, search) if module_name.endswith(".py") else _load_module(module_name, path, search)
@@ -113,9 +118,22 @@ def resolve(path: str, search: Sequence[str] = ()) -> RewardFn:
         target = getattr(target, part, None)
         if target is None:
             raise ValueError(f"reward {path!r}: {module_name} has no {attribute!r}")
-    if not callable(target) or inspect.isclass(target):
+    if factory is None and inspect.isclass(target):
+        raise ValueError(f"reward {path!r} is a type, not a function: give its arguments under factory, {{}} for none")
+    if not callable(target):
         raise ValueError(f"reward {path!r} is a {type(target).__name__}, not a function")
-    return target
+    return target if factory is None else _made(target, path, factory)
+
+
+def _made(maker: Callable[..., Any], path: str, arguments: Mapping[str, Any]) -> RewardFn:
+    try:
+        inspect.signature(maker).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"reward {path!r} cannot be made from factory {dict(arguments)!r}: {error}") from error
+    function = maker(**arguments)
+    if not callable(function):
+        raise ValueError(f"reward {path!r}: the factory made a {type(function).__name__}, not a function")
+    return function
 
 
 def _load_module(name: str, path: str, search: Sequence[str]) -> Any:
@@ -173,6 +191,62 @@ def preload(function: RewardFn) -> None:
     """
     for module in getattr(function, "preloads", ()):
         importlib.import_module(module)
+
+
+def checks(check: Check, *, by_answer: bool = False) -> Callable[[RewardFn], RewardFn]:
+    """Names what a reward function demands of a problem.
+
+    A run calls ``check(problem)`` for every problem that it will train on or evaluate, before anything starts; the
+    check raises ValueError for one that the function could never judge. It runs in the run's own process: make it
+    cheap.
+
+    Args:
+        by_answer: the check looks at nothing but the answer, so that problems with the same one need one call.
+
+    Example:
+        >>> def has_answer(problem):
+        ...     if problem.answer is None:
+        ...         raise ValueError("there is no gold answer")
+        >>> @checks(has_answer, by_answer=True)
+        ... def exact(completion, problem):
+        ...     return float(completion.text == problem.answer)
+    """
+
+    def mark(function: RewardFn) -> RewardFn:
+        function.__dict__["checks"] = (check, by_answer)
+        return function
+
+    return mark
+
+
+def check_problems(function: RewardFn, problems: Iterable[Problem]) -> None:
+    """Calls what :func:`checks` names, if anything.
+
+    Raises:
+        ValueError: names the first problem that the function could never judge, and how many more there are.
+    """
+    check, by_answer = getattr(function, "checks", (None, False))
+    if check is None:
+        return
+    refused: list[str] = []
+    seen: dict[str, bool] = {}
+    for problem in problems:
+        key = f"{type(problem.answer).__name__} {problem.answer!r}" if by_answer else None
+        if key is not None and seen.get(key):
+            continue
+        try:
+            check(problem)
+        except Exception as error:  # a check is a user's code: the reward boundary
+            text = " ".join(str(error).split())
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            origin = f" ({problem.source})" if problem.source else ""
+            refused.append(f"problem {problem.id!r}{origin}: {kind}{text}")
+        else:
+            if key is not None:
+                seen[key] = True
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise ValueError(f"{refused[0]}{more}: mend these rows, or drop them by a rewrite that returns None")
 
 
 def random_coin(completion: Completion, *, seed: int = 0, probability: float = 0.5) -> float:

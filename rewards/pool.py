@@ -9,14 +9,7 @@ forked, and the other calls of the job go on there. So it is with a call that ta
 from __future__ import annotations
 
 import contextlib
-import json
-import mmap
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -24,25 +17,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import send_handle
-from pathlib import Path
-from typing import BinaryIO
 
 from rewards.base import RewardConfig
-from rewards.worker import STACK_OFFSET, Call, Failure, Outcome, Results, Setup, read_progress
+from rewards.nursery import Nursery, WorkerProcess
+from rewards.processes import resident_bytes
+from rewards.worker import Call, Failure, Outcome, Results, Setup, read_progress
 from rollout.types import RolloutGroup
 
-_NURSERY = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[2])
-from rewards.worker import nursery_main
-nursery_main(int(sys.argv[1]))
-"""
-# One thread of arithmetic per worker; and a nursery without threads of its own can be forked safely.
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # A worker is replaced after so many jobs, so that what a function caches cannot grow for days.
 JOBS_PER_WORKER = 5_000
-_STACK_WAIT_S = 0.2
+_MEMORY_EVERY_S = 0.05
+_GIB = 1 << 30
 
 
 class PoolBroken(RuntimeError):
@@ -52,7 +37,7 @@ class PoolBroken(RuntimeError):
 @dataclass
 class _Job:
     group: RolloutGroup
-    calls: tuple[Call, ...]
+    calls: tuple[Call, ...] = ()  # known once the functions are loaded
     future: Future[list[Outcome]] = field(default_factory=Future)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     failures: Counter[int] = field(default_factory=Counter)
@@ -63,53 +48,56 @@ class _Job:
 
 @dataclass
 class _Worker:
-    pid: int
-    connection: Connection
-    file: BinaryIO
-    page: mmap.mmap
+    process: WorkerProcess
     job: _Job | None = None
     jobs_done: int = 0
 
-    def close(self) -> None:
-        self.connection.close()
-        self.page.close()
-        self.file.close()
+    @property
+    def connection(self) -> Connection:
+        return self.process.connection
+
+    def progress(self) -> tuple[int, int]:
+        """(call number, start in ns) of the call that it is in; start 0 between calls."""
+        return read_progress(self.process.page)
 
 
 class RewardPool:
-    """Runs the calls of one group per job, on ``processes`` workers.
+    """Runs the calls of one group per job, on ``processes`` workers; usable from any thread.
 
-    The constructor returns at once: functions are imported in the background. Nothing of it needs the main module to
-    be importable or guarded.
+    The constructor and ``submit`` return at once: functions are imported in the background. Nothing of it needs the
+    main module to be importable or guarded. In a coroutine: ``await asyncio.wrap_future(pool.submit(group))``.
+
+    Args:
+        configs: the functions.
+        processes: how many workers.
+        forced_think: the prompts end in ``<think>``.
+        search: folders in which the functions are looked for, after the import path.
+        memory_gib: what one worker, with all that it started, may hold beyond the imported functions.
     """
 
     def __init__(
-        self, configs: Sequence[RewardConfig], *, processes: int, forced_think: bool = True, search: Sequence[str] = ()
+        self,
+        configs: Sequence[RewardConfig],
+        *,
+        processes: int,
+        forced_think: bool = True,
+        search: Sequence[str] = (),
+        memory_gib: float = 2.0,
     ) -> None:
         self._configs = tuple(configs)
         self._processes = processes
+        self._memory = memory_gib * _GIB
+        self._loaded_bytes = 0
         self._waiting: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._loaded: Future[tuple[bool, ...]] = Future()
         self._deadlines: tuple[float, ...] = ()
+        self._memory_due = 0.0
         self._closing = False
         self._broken: Exception | None = None
         self._wake_read, self._wake_write = os.pipe()
-        ours, theirs = socket.socketpair()
-        root = str(Path(__file__).resolve().parent.parent)
-        path = json.dumps([root, *(entry or os.getcwd() for entry in sys.path)])
-        self._nursery = subprocess.Popen(
-            # What the compiler says of other people's code would come before every run's first line.
-            [sys.executable, "-P", "-W", "ignore::SyntaxWarning", "-c", _NURSERY, str(theirs.fileno()), path],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a reward function prints must not mix with the program's own output
-            env={**os.environ, **_ONE_THREAD},
-        )
-        theirs.close()
-        self._control = Connection(ours.detach())
-        self._control.send(Setup(self._configs, tuple(search), forced_think))
+        self._nursery = Nursery(Setup(self._configs, tuple(search), forced_think))
         self._keeper = threading.Thread(target=self._keep, name="reward-pool", daemon=True)
         self._keeper.start()
 
@@ -126,20 +114,20 @@ class RewardPool:
             raise PoolBroken(f"the reward functions were not imported within {timeout_s:g} s") from None
 
     def submit(self, group: RolloutGroup) -> Future[list[tuple[Call, Outcome]]]:
-        """Scores one group with every function; the result lists each call with its outcome per rollout."""
-        self.ready()
-        calls = tuple(
-            Call(function, index)
-            for function, whole in enumerate(self._loaded.result())
-            for index in ([None] if whole else range(len(group.rollouts)))
-        )
-        job = _Job(group, calls)
+        """Scores one group with every function; the result lists each call with its outcome per rollout.
+
+        Raises:
+            PoolBroken: the pool is closed or its processes are gone. What cannot be loaded shows in the result.
+        """
+        job = _Job(group)
         result: Future[list[tuple[Call, Outcome]]] = Future()
 
         def finish(done: Future[list[Outcome]]) -> None:
             error = done.exception()
+            if result.cancelled() or not result.set_running_or_notify_cancel():
+                return
             if error is None:
-                result.set_result(list(zip(calls, done.result(), strict=True)))
+                result.set_result(list(zip(job.calls, done.result(), strict=True)))
             else:
                 result.set_exception(error)
 
@@ -172,9 +160,10 @@ class RewardPool:
                 self._hand_out()
                 self._collect()
                 self._enforce_deadlines()
+                self._enforce_memory()
             error = PoolBroken("the reward pool is closed")
         except (EOFError, OSError) as lost:
-            status = self._nursery.poll()
+            status = self._nursery.status()
             error = PoolBroken(f"the process that runs the reward functions died (exit status {status}): {lost!r}")
         except (ValueError, PoolBroken) as refused:
             error = refused
@@ -183,10 +172,10 @@ class RewardPool:
 
     def _load(self) -> None:
         while not self._closing:
-            if self._control in wait([self._control, self._wake_read]):
-                verdict, *details = self._control.recv()
+            if self._nursery.control in wait([self._nursery.control, self._wake_read]):
+                verdict, *details = self._nursery.control.recv()
                 if verdict == "ready":
-                    whole_groups, self._deadlines = details
+                    whole_groups, self._deadlines, self._loaded_bytes = details
                     self._loaded.set_result(whole_groups)
                     return
                 if verdict == "refused":
@@ -202,6 +191,7 @@ class RewardPool:
             worker = idle.pop() if idle else self._fork()
             with self._lock:
                 worker.job = self._waiting.popleft()
+            worker.job.calls = worker.job.calls or self._calls_of(worker.job.group)
             try:
                 worker.connection.send((worker.job.group, worker.job.left()))
             except OSError:  # it died while it was idle: nobody's call is to blame
@@ -209,29 +199,24 @@ class RewardPool:
                 self._end(worker)
                 self._settle(job)
 
-    def _fork(self) -> _Worker:
-        file = _memory_file()
-        file.truncate(STACK_OFFSET)
-        ours, theirs = socket.socketpair()
-        self._control.send(("fork",))
-        for handle in (theirs.fileno(), file.fileno()):
-            send_handle(self._control, handle, self._nursery.pid)
-        theirs.close()
-        worker = _Worker(
-            pid=self._control.recv(),
-            connection=Connection(ours.detach()),
-            file=file,
-            page=mmap.mmap(file.fileno(), STACK_OFFSET),
+    def _calls_of(self, group: RolloutGroup) -> tuple[Call, ...]:
+        return tuple(
+            Call(function, index)
+            for function, whole in enumerate(self._loaded.result())
+            for index in ([None] if whole else range(len(group.rollouts)))
         )
+
+    def _fork(self) -> _Worker:
+        worker = _Worker(self._nursery.fork())
         self._workers.append(worker)
         return worker
 
     def _collect(self) -> None:
         busy = {worker.connection: worker for worker in self._workers if worker.job is not None}
-        for source in wait([self._wake_read, self._control, *busy], self._patience()):
+        for source in wait([self._wake_read, self._nursery.control, *busy], self._patience()):
             if source == self._wake_read:
                 os.read(self._wake_read, 4096)
-            elif source is self._control:
+            elif source is self._nursery.control:
                 raise EOFError("the control channel closed")
             else:
                 assert isinstance(source, Connection)
@@ -249,8 +234,8 @@ class RewardPool:
         if finished:
             worker.job = None
             worker.jobs_done += 1
-            if worker.jobs_done >= JOBS_PER_WORKER:
-                self._end(worker)
+            if worker.jobs_done >= JOBS_PER_WORKER or self._held(worker) > self._memory / 2:
+                self._end(worker)  # what is kept from call to call must not grow until an innocent call pays for it
             self._settle(job)
 
     def _take(self, job: _Job, results: Results) -> None:
@@ -276,12 +261,12 @@ class RewardPool:
             return None
         remaining = [overrun[1] for worker in busy if (overrun := self._overrun(worker)) is not None]
         # A worker may meanwhile have passed on to a call with a shorter deadline.
-        return max(0.0, min([*remaining, *self._deadlines]))
+        return max(0.0, min([*remaining, *self._deadlines, _MEMORY_EVERY_S]))
 
     def _overrun(self, worker: _Worker) -> tuple[int, float] | None:
         """(call number, seconds left) of the call that a worker is in; None between calls."""
         assert worker.job is not None
-        number, start = read_progress(worker.page)
+        number, start = worker.progress()
         if not start:
             return None
         deadline = self._deadlines[worker.job.calls[number].function]
@@ -294,24 +279,45 @@ class RewardPool:
                 continue
             job, number = worker.job, overrun[0]
             assert job is not None
-            stack = self._stack_of(worker)
+            stack = worker.process.stack()
             self._end(worker)
             timeout_s = self._configs[job.calls[number].function].timeout_s
             self._fail(job, number, Failure(f"timeout: no result after {timeout_s:g} s, process killed", stack))
+
+    def _enforce_memory(self) -> None:
+        """Ends the workers that hold too much. Watched from here: a limit inside would also stop innocent imports."""
+        now = time.monotonic()
+        if now < self._memory_due:
+            return
+        self._memory_due = now + _MEMORY_EVERY_S
+        for worker in [worker for worker in self._workers if worker.job is not None]:
+            held = self._held(worker)
+            if held <= self._memory:
+                continue
+            job, (number, start) = worker.job, worker.progress()
+            assert job is not None
+            stack = worker.process.stack() if start else ""
+            self._end(worker)
+            text = (
+                f"the process held {held / _GIB:.1f} GiB, more than memory_gib {self._memory / _GIB:g}, and was killed"
+            )
+            self._fail(job, self._blamed(job, number, start), Failure(f"memory: {text}", stack))
+
+    def _held(self, worker: _Worker) -> int:
+        """Bytes that a worker and what it started hold beyond the imported functions."""
+        return resident_bytes(worker.process.pid, apart=self._loaded_bytes)
+
+    def _blamed(self, job: _Job, number: int, start: int) -> int | None:
+        """The call that a worker was in; between calls the first one left, or the job would come back for ever."""
+        return number if start else next((each for each, _ in job.left()), None)
 
     def _bury(self, worker: _Worker) -> None:
         """A worker died by itself: the call that it was in has failed, the others go on elsewhere."""
         job = worker.job
         assert job is not None
-        number, start = read_progress(worker.page)
-        status = self._end(worker)
-        if os.WIFSIGNALED(status):
-            how = f"by signal {signal.Signals(os.WTERMSIG(status)).name}"
-        else:
-            how = f"with exit status {os.waitstatus_to_exitcode(status)}"
-        # Never in a call: blame the first one left, or a job that kills its workers would come back for ever.
-        blamed = number if start else next((each for each, _ in job.left()), None)
-        self._fail(job, blamed, Failure(f"error: the process of the reward function ended {how}"))
+        number, start = worker.progress()
+        how = self._end(worker, died=True)
+        self._fail(job, self._blamed(job, number, start), Failure(f"crash: the process of the reward function {how}"))
 
     def _fail(self, job: _Job, number: int | None, failure: Failure) -> None:
         """One call of a job failed, unless its result arrived after all; the rest goes on."""
@@ -320,52 +326,26 @@ class RewardPool:
             self._take(job, [(number, [failure] * width)])
         self._settle(job)
 
-    def _end(self, worker: _Worker) -> int:
-        """Kills a worker with its children, keeps what it had sent already, and returns its exit status."""
+    def _end(self, worker: _Worker, *, died: bool = False) -> str:
+        """Kills a worker with all that it started, and keeps what it had sent already; says how it ended if it died."""
         self._workers.remove(worker)
-        self._control.send(("end", worker.pid))
-        status = self._control.recv()
+        how = self._nursery.autopsy(worker.process.pid) if died else str(self._nursery.end(worker.process.pid))
         with contextlib.suppress(EOFError, OSError):
             while worker.job is not None and worker.connection.poll():
                 self._take(worker.job, worker.connection.recv()[1])
-        worker.close()
-        return status
-
-    def _stack_of(self, worker: _Worker) -> str:
-        """Where a hung call stands: its process writes the stack on a signal, even from inside C code."""
-        os.kill(worker.pid, signal.SIGUSR1)  # not reaped by anybody but the nursery: the pid is its own
-        limit = time.monotonic() + _STACK_WAIT_S
-        text = b""
-        while time.monotonic() < limit:
-            longer = os.pread(worker.file.fileno(), 64_000, STACK_OFFSET)
-            if longer and longer == text:
-                break
-            text = longer
-            time.sleep(0.005)
-        return text.decode(errors="replace")
+        worker.process.close()
+        return how
 
     def _shut_down(self, error: Exception) -> None:
         with self._lock:
             self._broken = error
             jobs = [*self._waiting, *(worker.job for worker in self._workers if worker.job is not None)]
             self._waiting.clear()
-        self._control.close()  # the nursery sees it and kills the workers
         for worker in self._workers:
-            worker.close()
+            worker.process.close()
         self._workers.clear()
-        try:
-            self._nursery.wait(5.0)
-        except subprocess.TimeoutExpired:
-            self._nursery.kill()  # still inside an import
-            self._nursery.wait()
+        self._nursery.close()
         if not self._loaded.done():
             self._loaded.set_exception(error)
         for job in jobs:
             job.future.set_exception(error)
-
-
-def _memory_file() -> BinaryIO:
-    """A file that lives in memory where the system has such: a full disk must not break a shared page."""
-    if sys.platform == "linux":
-        return os.fdopen(os.memfd_create("reward-worker"), "r+b")
-    return tempfile.TemporaryFile()

@@ -32,7 +32,10 @@ REWARD_METRICS = {
     "reward/unscored": "Completions without a reward (a function failed, or none applied); they do not train.",
     "reward/{function}/mean": "Mean score of one reward function over the completions that it applied to.",
     "reward/{function}/applied": "Share of completions that the function gave a score.",
-    "reward/{function}/errors": "Completions on which the function raised or returned no finite number.",
+    "reward/{function}/errors": "Completions on which the function failed otherwise than by its deadline.",
+    "reward/{function}/invalid": "Those among the errors on which it returned no finite number.",
+    "reward/{function}/crashes": "Those among the errors on which it took its process down.",
+    "reward/{function}/out_of_memory": "Those among the errors on which its process took too much memory.",
     "reward/{function}/timeouts": "Completions on which the function overran its deadline.",
     "reward/{function}/{metric}": "Mean of a further number that the function reports.",
 }
@@ -61,12 +64,15 @@ class RubricConfig:
         judge: name of the function whose score >= 1 means that a completion passes; the first one when left out.
         max_error_rate: share of failed calls of one function within a step above which the run stops, [0, 1].
         processes: worker processes, >= 1.
+        memory_gib: GiB that one worker process and all that it started may hold beyond the imported functions, > 0; a
+            call that takes more is killed.
     """
 
     functions: tuple[RewardConfig, ...]
     judge: str = ""
     max_error_rate: float = 0.1
     processes: int = 2
+    memory_gib: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.functions:
@@ -83,6 +89,8 @@ class RubricConfig:
             raise ValueError(f"max_error_rate must be in [0, 1], got {self.max_error_rate}")
         if self.processes < 1:
             raise ValueError(f"processes must be >= 1, got {self.processes}")
+        if not self.memory_gib > 0:
+            raise ValueError(f"memory_gib must be > 0, got {self.memory_gib}")
 
 
 class Rubric:
@@ -91,8 +99,9 @@ class Rubric:
     Args:
         config: functions and limits.
         forced_think: the prompts end in ``<think>`` (rollout.template.forces_thinking).
-        on_event: receives one dict per failed call: ``event`` (reward_error | reward_timeout), ``function``,
-            ``problem``, ``sample_index`` (None: all siblings), ``error``, ``traceback``.
+        on_event: receives one dict per failed call: ``event`` (reward_error | reward_invalid | reward_timeout |
+            reward_crash | reward_memory), ``function``, ``problem``, ``sample_index`` (None: all siblings), ``error``,
+            ``traceback``.
         search: folders in which ``module:function`` and ``file.py:function`` are looked for, after the import path.
 
     Example:
@@ -111,7 +120,13 @@ class Rubric:
     ) -> None:
         self.config = config
         self._on_event = on_event
-        self._pool = RewardPool(config.functions, processes=config.processes, forced_think=forced_think, search=search)
+        self._pool = RewardPool(
+            config.functions,
+            processes=config.processes,
+            forced_think=forced_think,
+            search=search,
+            memory_gib=config.memory_gib,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -176,7 +191,7 @@ class Rubric:
             position = None if shared else index if call.rollout is None else call.rollout
             self._on_event(
                 {
-                    "event": f"reward_{failure.error.partition(':')[0]}",
+                    "event": f"reward_{failure.kind}",
                     "function": name,
                     "problem": group.problem.id,
                     "sample_index": None if position is None else group.rollouts[position].completion.sample_index,
@@ -256,11 +271,14 @@ def reward_metrics(groups: Sequence[RolloutGroup], config: RubricConfig) -> dict
     for name in (function.name for function in config.functions):
         scores = [rollout.scores[name] for rollout in rollouts if name in rollout.scores]
         errors = [rollout.errors[name] for rollout in rollouts if name in rollout.errors]
-        timeouts = sum(error.startswith("timeout") for error in errors)
+        kinds = Counter(error.partition(":")[0] for error in errors)
         out |= {
             f"reward/{name}/applied": len(scores) / len(rollouts),
-            f"reward/{name}/errors": float(len(errors) - timeouts),
-            f"reward/{name}/timeouts": float(timeouts),
+            f"reward/{name}/errors": float(len(errors) - kinds["timeout"]),
+            f"reward/{name}/invalid": float(kinds["invalid"]),
+            f"reward/{name}/crashes": float(kinds["crash"]),
+            f"reward/{name}/out_of_memory": float(kinds["memory"]),
+            f"reward/{name}/timeouts": float(kinds["timeout"]),
         }
         if scores:
             out[f"reward/{name}/mean"] = fmean(scores)

@@ -11,7 +11,6 @@ whatever the call does, the parent reads that note, and the nursery kills the wo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import mmap
@@ -21,21 +20,22 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
 
 from rewards.base import RewardConfig, Score, preload
-from rewards.calling import BoundReward, CallTimeout, bind
+from rewards.calling import BoundReward, CallTimeout, NotAScore, bind
+from rewards.processes import adopt_orphans, children, die_with_parent, end_tree, resident_bytes
 from rollout.types import RolloutGroup
 
 # The shared page of a worker: call number and start (ns, monotonic; 0 = between calls), then the stack of a hung call.
 PROGRESS = struct.Struct("qq")
 STACK_OFFSET = mmap.PAGESIZE
 FLUSH_S = 0.05
-_PR_SET_PDEATHSIG = 1
+LOST_CONNECTION = 77  # exit status of a worker whose connection a call has closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,18 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a rollout has no score from a function. ``error`` is one line: ``error: …`` or ``timeout: …``."""
+    """Why a rollout has no score from a function.
+
+    ``error`` is one line that begins with its kind: ``error`` (the function raised), ``invalid`` (it returned no finite
+    number), ``timeout`` (it overran its deadline), ``crash`` (its process ended) or ``memory`` (it took too much).
+    """
 
     error: str
     traceback: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.error.partition(":")[0]
 
 
 # Per call: one score or failure per rollout that it covers.
@@ -70,9 +78,9 @@ Results = list[tuple[int, Outcome]]
 
 def failure_of(error: BaseException) -> Failure:
     """One line and the traceback, starting below the frames of this package's caller."""
-    kind = "timeout" if isinstance(error, CallTimeout) else "error"
+    kind = "timeout" if isinstance(error, CallTimeout) else "invalid" if isinstance(error, NotAScore) else "error"
     text = " ".join(str(error).split())
-    line = text if kind == "timeout" else f"{type(error).__name__}: {text}" if text else type(error).__name__
+    line = text if kind != "error" else f"{type(error).__name__}: {text}" if text else type(error).__name__
     return Failure(f"{kind}: {line[:500]}", "".join(traceback.format_exception(error)))
 
 
@@ -85,6 +93,7 @@ def nursery_main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us when it is done
     control = Connection(fd)
     workers: set[int] = set()
+    adopt_orphans()
     try:
         setup: Setup = control.recv()
         try:
@@ -96,7 +105,9 @@ def nursery_main(fd: int) -> None:
         except BaseException as error:  # the module's own import failed: hand its traceback over
             return control.send(("failed", failure_of(error).error, "".join(traceback.format_exception(error))))
         whole_groups = tuple(function.whole_group for function in functions)
-        control.send(("ready", whole_groups, tuple(function.deadline_s for function in functions)))
+        deadlines = tuple(function.deadline_s for function in functions)
+        spared = frozenset(children(os.getpid()))  # what the functions' modules started when they were imported
+        control.send(("ready", whole_groups, deadlines, resident_bytes(os.getpid())))
         gc.freeze()  # what is loaded stays shared with the workers instead of being copied by their collections
         while True:
             request, *arguments = control.recv()
@@ -114,29 +125,33 @@ def nursery_main(fd: int) -> None:
             else:
                 assert request == "end", request
                 workers.discard(arguments[0])
-                control.send(_end(arguments[0]))
+                control.send(_end(arguments[0], workers | spared))
     except (EOFError, OSError):  # the parent is gone
         pass
     finally:
-        for pid in workers:
-            _end(pid)
+        for pid in tuple(workers):
+            workers.discard(pid)
+            _end(pid, workers)
 
 
-def _end(pid: int) -> int:
-    # Only this process reaps its children, so the pid cannot have passed to anybody else.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)  # a worker so young that its group is not there yet
-    return os.waitpid(pid, 0)[1]
+def _end(pid: int, spared: Set[int]) -> int:
+    """Ends a worker with all that it started; returns its exit status as ``os.waitpid`` gives it."""
+    end_tree(pid)  # only this process reaps its children, so the pid cannot have passed to anybody else
+    status = os.waitpid(pid, 0)[1]
+    # A worker that died by itself left its children to this process, whatever group or session they are in.
+    for stray in set(children(os.getpid())) - spared:
+        end_tree(stray)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(stray, 0)
+    return status
 
 
 def _worker_main(socket_fd: int, file_fd: int, *, functions: Sequence[BoundReward], forced_think: bool) -> None:
     status = 1
     try:
         os.setpgid(0, 0)
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
+        adopt_orphans()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         os.lseek(file_fd, STACK_OFFSET, os.SEEK_SET)
         faulthandler.register(signal.SIGUSR1, file=file_fd, all_threads=True)
@@ -153,6 +168,8 @@ def _worker_main(socket_fd: int, file_fd: int, *, functions: Sequence[BoundRewar
 
 
 def _serve(connection: Connection, progress: mmap.mmap, functions: Sequence[BoundReward], forced_think: bool) -> None:
+    pid, fd = os.getpid(), connection.fileno()
+    opened = os.fstat(fd)
     while True:
         calls: list[tuple[int, Call]]
         group: RolloutGroup
@@ -162,6 +179,10 @@ def _serve(connection: Connection, progress: mmap.mmap, functions: Sequence[Boun
         for number, call in calls:
             _note(progress, number, time.monotonic_ns())
             outcome = _run(functions[call.function], group, call.rollout, forced_think)
+            if os.getpid() != pid:
+                os._exit(0)  # a child that the function forked came back here: only the worker itself answers
+            if not _is_open(fd, opened):
+                os._exit(LOST_CONNECTION)  # while the note still says whose call it was
             _note(progress, number, 0)
             results.append((number, outcome))
             if time.monotonic() - flushed > FLUSH_S:
@@ -175,6 +196,13 @@ def _note(progress: mmap.mmap, number: int, start_ns: int) -> None:
     """Start is cleared first: a reader that sees the same start twice has read a consistent pair."""
     PROGRESS.pack_into(progress, 0, number, 0)
     PROGRESS.pack_into(progress, 0, number, start_ns)
+
+
+def _is_open(fd: int, opened: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), opened)
+    except OSError:
+        return False
 
 
 def _run(function: BoundReward, group: RolloutGroup, index: int | None, forced_think: bool) -> Outcome:

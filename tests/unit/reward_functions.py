@@ -82,6 +82,67 @@ def dies(completion, *, how):
     return 1.0
 
 
+def misbehaves(completion, *, how=None):
+    """What a real function may do wrong, by the completion's text; then 1.0."""
+    match how or completion.text:
+        case "raise":
+            raise LookupError("no such key")
+        case "nan":
+            return float("nan")
+        case "str":
+            return "1.0"
+        case "sys.exit":
+            sys.exit(3)
+        case "os._exit":
+            os._exit(0)
+        case "hang":
+            time.sleep(60)
+        case "hang in C":
+            return "a" * 10_000_000 in ("a" * 9_999_999 + "b") * 2 or sum(map(int, ["9" * 4000] * 10**9))
+        case "fork":
+            os.fork()  # and both come back
+        case "daemon":
+            _leave_a_daemon()
+            time.sleep(60)
+        case "close":
+            os.closerange(3, 1000)
+        case "memory":
+            return len(b"x" * (4 << 30))
+        case "child memory":
+            subprocess.run([sys.executable, "-c", f"b'x' * {4 << 30}; import time; time.sleep(60)"], check=True)
+        case "print":
+            print("x" * 1_000_000)
+        case "recurse":
+            return misbehaves(completion, how="recurse")
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "alarm":
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+    return 1.0
+
+
+def _leave_a_daemon():
+    """A grandchild in a session of its own whose parent is gone."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            Path(os.environ["R1_DAEMON_FILE"]).write_text(str(os.getpid()))
+            time.sleep(300)
+        os._exit(0)
+
+
+def hoards(completion, *, kept=[]):  # noqa: B006
+    kept.append(b"x" * (40 << 20))
+    return 1.0
+
+
+async def exits_on_first(completion):
+    if completion.sample_index == 0:
+        sys.exit("enough")
+    await asyncio.sleep(0.01)
+    return 1.0
+
+
 def dies_always(completion):
     os._exit(3)
 
@@ -170,6 +231,52 @@ def trl_short(completions, **kwargs):
 
 def trl_raises(completions, **kwargs):
     raise RuntimeError("the whole list")
+
+
+def trl_array(completion_ids, **kwargs):
+    import numpy as np
+
+    return np.arange(len(completion_ids), dtype=np.float32)
+
+
+def trl_logs(completions, log_metric, log_extra):
+    log_extra("column", ["a", "b"])
+    log_metric("seen", 1)
+    log_metric("seen", 2)
+    return (1.0, None)
+
+
+def trl_solution(completions, solution, **kwargs):
+    return [float(c.endswith(s)) for c, s in zip(completions, solution, strict=True)]
+
+
+def trl_odd(completions, what, **kwargs):
+    return {"text": "12", "number": 1.0, "dict": {0: 1.0, 1: 1.0}, "nothing": None}[what]
+
+
+def hands_back_a_coroutine(completion):
+    async def later():
+        await asyncio.sleep(0)
+        return 2.0
+
+    return later()
+
+
+def make_scaled(factor: float):
+    def scaled(completion, plus: float = 0.0):
+        return factor * len(completion.token_ids) + plus
+
+    return scaled
+
+
+def make_nothing():
+    return 3
+
+
+def compute_scores(data_sources, solution_strs, ground_truths, extra_infos, bonus=0.0):
+    assert set(data_sources) == {"math"} and len(extra_infos) == len(solution_strs)
+    right = [float(s.endswith(g)) for s, g in zip(solution_strs, ground_truths, strict=True)]
+    return [{"score": value + bonus, "acc": bool(value), "pred": "1"} for value in right]
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):

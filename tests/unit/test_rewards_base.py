@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
 from rewards import BUILT_IN, RewardConfig, resolve
-from rewards.base import preloads, random_coin
+from rewards.base import check_problems, checks, preloads, random_coin
+from rollout.types import Problem
 from tests.unit.reward_groups import FUNCTIONS, completion
 
 
@@ -73,7 +75,7 @@ def test_names_default_to_the_function():
         ({"path": "acuracy"}, "reward path must be accuracy, random.* got 'acuracy'"),
         ({"path": ":f"}, "reward path"),
         ({"path": "m:"}, "reward path"),
-        ({"style": "openrlhf"}, "style must be one of plain, trl, trl_chat, verl"),
+        ({"style": "openrlhf"}, "style must be one of plain, trl, trl_chat, verl, verl_batch"),
         ({"weight": float("nan")}, "weight of reward 'accuracy' must be finite"),
         ({"timeout_s": 0}, "timeout_s of reward 'accuracy' must be > 0"),
         ({"retries": -1}, "retries"),
@@ -90,6 +92,56 @@ def test_preloads_leave_the_function_as_it_is():
         return 1.0
 
     assert f(None) == 1.0 and f.__dict__["preloads"] == ("json", "csv")
+
+
+def has_digits(problem: Problem) -> None:
+    if problem.answer is None:
+        raise KeyError("answer")
+    if not any(character.isdigit() for character in str(problem.answer)):
+        raise ValueError(f"the answer {problem.answer!r}\nhas no digit")
+
+
+def problems(*answers: object) -> list[Problem]:
+    return [Problem(id=f"p{i}", prompt="?", answer=answer, source="jsonl:d") for i, answer in enumerate(answers)]
+
+
+@checks(has_digits)
+def checked(completion):
+    return 1.0
+
+
+def test_problems_that_a_function_could_never_judge_are_named():
+    check_problems(checked, problems("1", 2, "x3"))
+    check_problems(random_coin, problems(None))  # demands nothing
+    with pytest.raises(ValueError, match=r"^problem 'p1' \(jsonl:d\): the answer 'x' has no digit: mend these rows"):
+        check_problems(checked, problems("1", "x"))
+    with pytest.raises(ValueError, match=r"'p1' .* \(and 2 more\): mend these rows"):
+        check_problems(checked, problems("1", "x", "y", None))
+    with pytest.raises(ValueError, match=r"problem 'p0' \(jsonl:d\): KeyError: 'answer'"):
+        check_problems(checked, problems(None))
+
+
+def test_equal_answers_are_checked_once():
+    asked = []
+
+    @checks(lambda problem: asked.append(problem.id), by_answer=True)
+    def judge(completion):
+        return 1.0
+
+    check_problems(judge, problems("1", "2", "1", 1, 1.0, True, "2"))
+    assert asked == ["p0", "p1", "p3", "p4", "p5"]  # 1, 1.0 and True are equal and not the same
+
+
+def test_a_check_of_many_problems_is_quick():
+    many = problems(*(str(i % 100) for i in range(20_000)))
+
+    @checks(has_digits, by_answer=True)
+    def judge(completion):
+        return 1.0
+
+    start = time.process_time()
+    check_problems(judge, many)
+    assert time.process_time() - start < 0.5
 
 
 def test_the_random_coin_is_fair_deterministic_and_blind():

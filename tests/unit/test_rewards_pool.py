@@ -86,12 +86,12 @@ def test_the_children_of_a_killed_call_die_with_it(tmp_path):
 @pytest.mark.parametrize(("how", "message"), [("exit", "with exit status 7"), ("segfault", "by signal SIGSEGV")])
 def test_a_call_that_takes_its_process_down_is_an_error_of_its_own(how, message):
     (outcomes,) = run(reward("dies", params={"how": how}))
-    assert words(outcomes) == [1.0, f"error: the process of the reward function ended {message}", 1.0, 1.0]
+    assert words(outcomes) == [1.0, f"crash: the process of the reward function ended {message}", 1.0, 1.0]
 
 
 def test_a_function_that_always_kills_its_process_comes_to_an_end():
     (outcomes,) = run(reward("dies_always"), size=3)
-    assert words(outcomes) == ["error: the process of the reward function ended with exit status 3"] * 3
+    assert words(outcomes) == ["crash: the process of the reward function ended with exit status 3"] * 3
 
 
 def test_exceptions_and_exits_are_recorded_with_their_traceback():
@@ -185,7 +185,7 @@ def test_the_processes_end_with_the_pool():
     first = pool.submit(group(1, number=1))
     nursery = pool._nursery.pid
     assert until(lambda: len(pool._workers) == 1)
-    worker = pool._workers[0].pid
+    worker = pool._workers[0].process.pid
     pool.close()
     pool.close()
     assert gone(worker) and gone(nursery)
@@ -200,7 +200,7 @@ def test_a_pool_whose_nursery_is_killed_says_so():
     try:
         future = pool.submit(group(1))
         until(lambda: bool(pool._workers))
-        worker = pool._workers[0].pid
+        worker = pool._workers[0].process.pid
         os.kill(pool._nursery.pid, signal.SIGKILL)
         with pytest.raises(PoolBroken, match="the process that runs the reward functions died"):
             future.result(10)

@@ -51,7 +51,7 @@ def test_a_failure_is_never_a_score(what):
     for rollout in scored.rollouts:
         assert rollout.reward is None
         assert "returns" not in rollout.scores and "length" in rollout.scores
-        assert rollout.errors["returns"].startswith("error: ")
+        assert rollout.errors["returns"].startswith("invalid: score must be ")
 
 
 def test_one_failed_sibling_leaves_the_others_their_rewards():
@@ -174,6 +174,7 @@ def test_cheap_functions_cost_microseconds():
         ({"judge": "accuracy"}, "judge must be one of length, got 'accuracy'"),
         ({"max_error_rate": 1.5}, "max_error_rate"),
         ({"processes": 0}, "processes"),
+        ({"memory_gib": 0}, "memory_gib must be > 0, got 0"),
     ],
 )
 def test_config_errors(options, message):
@@ -204,21 +205,31 @@ def test_metrics_by_hand():
         rollout(3.0, length=0.5, metrics={"length/tokens": 8.0}),
         rollout(None, errors={"length": "timeout: 1 s"}, only_even=0.0),
         rollout(None, errors={"length": "error: x"}),
+        rollout(None, errors={"length": "invalid: x"}),
+        rollout(None, errors={"length": "crash: x"}),
+        rollout(None, errors={"length": "memory: x"}),
+        rollout(None),
     )
     found = reward_metrics([RolloutGroup(problem=group(0).problem, rollouts=rollouts)], config)
     assert found == {
         "reward/mean": 2.0,
         "reward/std": 1.0,
-        "reward/pass_rate": 0.25,
-        "reward/unscored": 2.0,
+        "reward/pass_rate": 0.125,
+        "reward/unscored": 6.0,
         "reward/length/mean": 0.75,
-        "reward/length/applied": 0.5,
-        "reward/length/errors": 1.0,
+        "reward/length/applied": 0.25,
+        "reward/length/errors": 4.0,
+        "reward/length/invalid": 1.0,
+        "reward/length/crashes": 1.0,
+        "reward/length/out_of_memory": 1.0,
         "reward/length/timeouts": 1.0,
         "reward/length/tokens": 6.0,
         "reward/only_even/mean": 0.5,
-        "reward/only_even/applied": 0.5,
+        "reward/only_even/applied": 0.25,
         "reward/only_even/errors": 0.0,
+        "reward/only_even/invalid": 0.0,
+        "reward/only_even/crashes": 0.0,
+        "reward/only_even/out_of_memory": 0.0,
         "reward/only_even/timeouts": 0.0,
     }
     declared = {
