@@ -1,168 +1,169 @@
-"""Is the final answer right? Texts and rationals are compared here; the rest is math-verify's.
+"""Is the final answer right? Plain texts and numbers are compared here; everything else in a bounded child process.
 
-Order: the last balanced ``\\boxed{…}`` after the thinking, else the last ``<answer>…</answer>``. Nothing inside the
-thinking counts, and a completion whose thinking never closed has no answer. Most right answers equal the gold text once
-white space and wrapping are removed, so that math-verify (and sympy with it) is asked for the rest only.
+Order: the final answer (``rewards.answers``), equal texts and numbers, then structure and symbols
+(``rewards.equivalence``, ``rewards.symbolic``), last of all math-verify on what it reads as a whole. The last two run
+under a deadline of their own: what a model writes may keep a parser busy for ever, and C code heeds no signal.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
-import time
-from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
-from rewards.base import Score, preloads
-from rollout.template import Reasoning, answer_in_tags
+from rewards.answers import boxed, final_answer
+from rewards.base import Score, checks, preloads
+from rewards.bounded import BoundedCalls, Overrun
+from rewards.equivalence import equivalent, is_label
+from rewards.normalise import MAX_DIGITS, balanced, based, compact, normalised, rational, without_text_commands
+from rewards.quantities import same_number
+from rewards.symbolic import parsed, same_expression
+from rollout.template import Reasoning
 from rollout.types import Problem
 
 # An answer beyond these is refused (0.0 and counted) before a parser sees it: nobody's final answer looks so, and
 # what follows could run for ever.
 MAX_CHARACTERS = 2_000
 MAX_NESTING = 40
-MAX_DIGITS = 200
-LIMIT_S = 2  # of one parse and of one comparison by math-verify, whole seconds
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
-_WRAPPING = re.compile(r"^(?:\\\((.*)\\\)|\\\[(.*)\\\]|\$\$(.*)\$\$|\$(.*)\$)$", re.DOTALL)
-_SPACING = re.compile(r"\\[,;:! ]|\\q?quad(?![a-zA-Z])|\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|~")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_RATIONAL = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
-_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-_TOWER = re.compile(r"\^\s*\{?[^{}^]*\^|\^\s*\{?\s*\d{4,}|\d!\s*!|!\s*\)\s*!")
+_TOWER = re.compile(
+    r"\^\s*\{?\s*\d+\s*\^|\^\s*\{?[^{}^]*\^\s*\{[^{}^]*\^|\^\s*\{?\s*\d{4,}|\d!\s*!|!\s*\)\s*!|\d{4,}\s*!"
+)
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS},}}")
+_CLAIM = re.compile(
+    r"(?:answer|result|réponse|respuesta|ответ|答案)\s*(?:is|est|es|:|：|=|为|是)+\s*([^\n]+)", re.IGNORECASE
+)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_NUMBER = re.compile(r"(?<![A-Za-z\d_.,])[-+]?(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:/\d+)?\s*%?")
+_LETTER = re.compile(r"(?:[a-z]+\s+){0,3}\(?([A-J])\)?(?![\w'’]|\s+[a-z]{2,}\s+[a-z])")
+_PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[a-zA-Z]{3,}\s*:|[\u4e00-\u9fff\u3002]")
+
+_calls = BoundedCalls()
 
 
-@preloads("math_verify")
-def accuracy(problem: Problem, reasoning: Reasoning) -> Score:
+def check_gold(problem: Problem) -> None:
+    """Raises ValueError when nobody could be right: no gold answer, or one that cannot be read.
+
+    Words count as read: an answer may be a name.
+    """
+    if fault := _fault(problem.answer):
+        raise ValueError(fault)
+
+
+def _fault(gold: Any) -> str | None:
+    text = "" if gold is None else str(gold)
+    if not text.strip():
+        return "no gold answer"
+    plain = normalised(text)
+    readable = any(c.isalnum() for c in plain) or plain in (r"\emptyset", r"\infty")
+    return None if readable and balanced(plain) else f"a gold answer that cannot be parsed: {text[:80]!r}"
+
+
+@checks(check_gold, by_answer=True)
+@preloads("math_verify", "rewards.symbolic", "sympy", "latex2sympy2_extended")
+def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limit_s: float = 3.0) -> Score:
     """1.0 when the final answer equals ``problem.answer`` (a text or a number), else 0.0.
 
-    Metrics: ``answered`` (an answer was found), ``boxes`` (how many were written after the thinking: spraying shows),
-    ``refused`` (too long, too deep or too large to parse) and ``gave_up`` (math-verify's own time limit).
+    Metrics, all but ``boxes`` 0 or 1: ``answered`` (an answer was found), ``boxes`` (how many were written after the
+    thinking: spraying shows), ``refused`` (too long, deep or large to parse), ``gave_up`` (``limit_s`` ran out).
+
+    Args:
+        bare: without a box and without tags, the last formula or number counts.
+        limit_s: seconds for one comparison, well below the function's own deadline (``timeout_s``).
 
     Raises:
-        ValueError: the problem has no gold answer, or one that nobody can parse and that the answer does not repeat.
+        ValueError: the problem has no gold answer, or one that nobody can read.
     """
-    gold = problem.answer
-    if gold is None or not str(gold).strip():
-        raise ValueError(f"problem {problem.id!r} has no gold answer")
+    if fault := _fault(problem.answer):
+        raise ValueError(f"problem {problem.id!r} has {fault}")
+    gold = str(problem.answer)
+    answer = final_answer(reasoning) or (bare_answer(reasoning) if bare else None)
     boxes = boxed(reasoning.answer) if reasoning.closed else []
-    answer = final_answer(reasoning)
     metrics = {"answered": float(bool(answer)), "boxes": float(len(boxes)), "refused": 0.0, "gave_up": 0.0}
     if not answer:
         return Score(value=0.0, metrics=metrics)
-    quick = quick_equal(str(gold), answer)
-    if quick is not None:
-        return Score(value=float(quick), metrics=metrics)
-    if _unreasonable(answer):
+    quick = quick_equal(gold, answer) if len(answer) <= MAX_CHARACTERS else None
+    if quick is None and unreasonable(answer):
         return Score(value=0.0, metrics={**metrics, "refused": 1.0})
-    verdict = _verify(str(gold), answer)
-    if verdict == "bad gold":
-        raise ValueError(f"the gold answer {str(gold)[:80]!r} of problem {problem.id!r} cannot be parsed")
-    return Score(value=float(verdict is True), metrics={**metrics, "gave_up": float(verdict == "gave up")})
-
-
-def final_answer(reasoning: Reasoning) -> str | None:
-    """The last balanced box after the thinking, else the last ``<answer>…</answer>``; None when there is neither."""
-    if not reasoning.closed:
-        return None
-    boxes = boxed(reasoning.answer)
-    return boxes[-1] if boxes else answer_in_tags(reasoning.answer)
-
-
-def boxed(text: str) -> list[str]:
-    """Contents of all balanced ``\\boxed{…}`` of a text, outermost only, in order, stripped."""
-    found, position = [], 0
-    while match := _BOX.search(text, position):
-        end = _closing_brace(text, match.end())
-        if end is None:
-            position = match.end()
-            continue
-        found.append(text[match.end() : end].strip())
-        position = end + 1
-    return found
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one before ``start``; escaped braces are text."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 2
-            continue
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return position
-        position += 1
-    return None
-
-
-def normalised(text: str) -> str:
-    """Wrapping (``$…$``), spacing commands, white space and a final full stop removed; thousands commas too."""
-    text = text.strip().removesuffix(".")
-    while match := _WRAPPING.match(text):
-        text = next(group for group in match.groups() if group is not None).strip().removesuffix(".")
-    text = "".join(_SPACING.sub("", text).split())
-    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+    if quick is None:
+        try:
+            quick = _calls.call(equal, gold, answer, timeout_s=limit_s)
+        except (Overrun, RecursionError):
+            return Score(value=0.0, metrics={**metrics, "gave_up": 1.0})
+    return Score(value=float(quick), metrics=metrics)
 
 
 def quick_equal(gold: str, answer: str) -> bool | None:
-    """Equality that needs no parser: same text, or both plain rationals. None when it cannot tell."""
-    left, right = normalised(gold), normalised(answer)
-    if left and left == right:
+    """Equality that needs no parser: the same text, or two plain numbers. None when it cannot tell."""
+    left, right = (compact(without_text_commands(normalised(text))) for text in (gold, answer))
+    if not right:
+        return False
+    if left == right:
         return True
-    a, b = _rational(left), _rational(right)
-    return None if a is None or b is None else a == b
+    bases = based(left), based(right)
+    if all(bases):
+        return bases[0] == bases[1]
+    a, b = rational(left), rational(right)
+    return None if a is None or b is None else same_number(a, b)
 
 
-def _rational(text: str) -> Fraction | None:
-    if len(text) > MAX_DIGITS:
-        return None
-    if match := _FRACTION.fullmatch(text):
-        text = f"{match[1]}{match[2]}/{match[3]}"
-    if not _RATIONAL.fullmatch(text):
-        return None
-    numerator, _, denominator = text.partition("/")
-    bottom = int(denominator or 1)
-    return Fraction(numerator) / bottom if bottom else None
+def equal(gold: str, answer: str) -> bool:
+    """Equality of two answers, however long that takes: call it under a deadline.
+
+    Raises:
+        RecursionError: an answer too deep for the parser.
+    """
+    return equivalent(gold, answer, same_expression) or _math_verify_agrees(gold, answer)
 
 
-def _unreasonable(answer: str) -> bool:
+def _math_verify_agrees(gold: str, answer: str) -> bool:
+    """math-verify's verdict on expressions that were read as a whole, and that hold something beyond numbers."""
+    from math_verify import verify
+
+    # What it warns of (no time limit of its own) is so by design: the child process that this runs in has one.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    left, right = (without_text_commands(normalised(text)) for text in (gold, answer))
+    first, second = parsed(left), parsed(right)
+    if (
+        first is None
+        or second is None
+        or not getattr(first, "free_symbols", None)
+        or not getattr(second, "free_symbols", None)
+    ):
+        return False  # numbers were compared more strictly than math-verify does
+    return verify([first], [second], float_rounding=15, numeric_precision=30, timeout_seconds=None, strict=True)
+
+
+def unreasonable(answer: str) -> bool:
     """Longer, deeper or larger than any final answer; such texts make parsers and simplifiers run for ever."""
     depth = deepest = 0
     for character in answer:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
-    long_number = re.search(rf"\d{{{MAX_DIGITS},}}", answer) is not None
-    return len(answer) > MAX_CHARACTERS or deepest > MAX_NESTING or long_number or _TOWER.search(answer) is not None
+    too_long = len(answer) > MAX_CHARACTERS or _LONG_NUMBER.search(answer) is not None
+    return too_long or deepest > MAX_NESTING or _TOWER.search(answer) is not None
 
 
-def _verify(gold: str, answer: str) -> bool | str:
-    """math-verify's verdict, or ``gave up`` (its time limit, a signal: main thread only) or ``bad gold``."""
-    parse, verify = _math_verify()
-    target = _parsed_gold(gold)
-    if not target:
-        return "bad gold"
-    start = time.monotonic()
-    found = parse(f"\\boxed{{{answer}}}", parsing_timeout=LIMIT_S)
-    if found and verify(list(target), found, timeout_seconds=LIMIT_S):
-        return True
-    # It answers an overrun as it answers a wrong or unreadable text; only the clock tells them apart.
-    return "gave up" if time.monotonic() - start >= LIMIT_S else False
+def bare_answer(reasoning: Reasoning) -> str | None:
+    """What a text without a box claims: a short text as it is, else what follows "the answer is", else the last thing.
+
+    A thing is a formula that is more than a name, a number, or the letter of a choice.
+    """
+    if not reasoning.closed:
+        return None
+    text = reasoning.answer[-4 * MAX_CHARACTERS :].strip()
+    claims = list(_CLAIM.finditer(text))
+    if claims:
+        text = claims[-1][1].strip()
+    elif len(text) <= 80 and not _PROSE.search(text) and not _FORMULA.search(text):
+        return text or None
+    if letter := _LETTER.match(text):
+        return letter[1]
+    found = [(match.end(), next(group for group in match.groups() if group)) for match in _FORMULA.finditer(text)]
+    found = [(end, formula.strip()) for end, formula in found if not is_label(formula)]
+    found += [(match.end(), match[0].strip()) for match in _NUMBER.finditer(_FORMULA.sub(_blank, text))]
+    return max(found)[1] if found else text or None
 
 
-@functools.cache
-def _math_verify() -> tuple[Callable[..., list[Any]], Callable[..., bool]]:
-    from math_verify import parse, verify
-
-    # Its warnings repeat the model's text at full length; the metrics say the same in one number.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return parse, verify
-
-
-@functools.lru_cache(maxsize=65_536)
-def _parsed_gold(gold: str) -> tuple[Any, ...]:
-    return tuple(_math_verify()[0](f"\\boxed{{{gold}}}", parsing_timeout=LIMIT_S))
+def _blank(match: re.Match[str]) -> str:
+    return " " * len(match[0])
