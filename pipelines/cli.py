@@ -1,7 +1,7 @@
 """The console script ``r1``. Imports nothing heavy before a verb is known to need it.
 
-Exit status: 0 done, 1 failed, 2 wrong usage. An error is one line on standard error; with ``--json`` standard output
-holds exactly one object, whatever happens.
+Exit status: 0 done, 1 failed (also: what was to be checked is not ok), 2 wrong usage. An error is one line on standard
+error; with ``--json`` standard output holds exactly one object, whatever happens.
 """
 
 from __future__ import annotations
@@ -60,24 +60,27 @@ def _parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], dict[str
     top = _Parser(
         prog="r1", usage="r1 VERB …", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
         description="Trains a policy to reason, from one YAML recipe.",
-        epilog="verbs:\n" + "".join(f"  {name:<6} {about}\n" for name, (_, _, about) in _VERBS.items())
+        epilog="verbs:\n" + "".join(f"  {name:<14} {about}\n" for name, (_, _, about) in _VERBS.items())
         + "\n`r1 VERB --help` explains a verb.",
     )  # fmt: skip
-    top.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
     top.add_argument("-h", "--help", action="store_true", help="show this help")
-    if argv and not argv[0].startswith("-") and argv[0] not in _VERBS:
-        top.error(f"there is no verb {argv[0]!r}; there are {', '.join(_VERBS)}")
-    chosen = top.parse_args(argv[:1])
-    if chosen.help or chosen.verb is None:
+    # A verb is one word or two; `r1 reward --help` lists those that begin with it.
+    verb = next((name for name in (" ".join(argv[:2]), *argv[:1]) if name in _VERBS), None)
+    family = [name for name in _VERBS if argv and name.split()[0] == argv[0]]
+    if verb is None and argv and not argv[0].startswith("-") and not (family and argv[1:2] in ([], ["-h"], ["--help"])):
+        wrong = " ".join(argv[:2]) if family else argv[0]
+        top.error(f"there is no verb {wrong!r}; there are {', '.join(family or _VERBS)}")
+    if verb is None:
+        chosen = top.parse_args(argv[1:2] if family else argv[:1])
         top.print_help(sys.stdout if chosen.help else sys.stderr)
         raise SystemExit(_DONE if chosen.help else _USAGE)
-    run, add_arguments, about = _VERBS[chosen.verb]
-    parser = _Parser(prog=f"r1 {chosen.verb}", description=about)
+    run, add_arguments, about = _VERBS[verb]
+    parser = _Parser(prog=f"r1 {verb}", description=about)
     add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_intermixed_args(argv[1:])
-    for override in options.overrides:
+    options = parser.parse_intermixed_args(argv[len(verb.split()) :])
+    for override in getattr(options, "overrides", ()):
         if "=" not in override:
             parser.error(f"an override is written a.b=value, got {override!r}")
     return run, options
@@ -171,10 +174,36 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     return brief(results)
 
 
+def _add_reward_test(parser: argparse.ArgumentParser) -> None:
+    from pipelines.reward_test import add_arguments
+
+    add_arguments(parser)
+
+
+def _reward_test(options: argparse.Namespace) -> dict[str, Any]:
+    from pipelines.reward_test import run
+
+    return run(options)
+
+
+def _add_reward_sandbox(parser: argparse.ArgumentParser) -> None:
+    from pipelines.reward_sandbox import add_arguments
+
+    add_arguments(parser)
+
+
+def _reward_sandbox(options: argparse.Namespace) -> dict[str, Any]:
+    from pipelines.reward_sandbox import run
+
+    return run(options)
+
+
 _VERBS = {
     "run": (_run, _add_run, "run a recipe, or go on with it where it stopped"),
     "show": (_show, _add_show, "show the resolved recipe, each value with where it came from"),
     "eval": (_eval, _add_eval, "evaluate a checkpoint on the held-out sets of a recipe"),
+    "reward test": (_reward_test, _add_reward_test, "try a reward function on golden and adversarial completions"),
+    "reward sandbox": (_reward_sandbox, _add_reward_sandbox, "probe the sandbox, or run programs in it"),
 }
 
 
@@ -191,7 +220,7 @@ def _guarded(
     try:
         answer.update(verb(options))
         sys.stdout.flush()
-        return _DONE
+        return _FAILED if answer.get("ok") is False else _DONE
     except BrokenPipeError as error:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

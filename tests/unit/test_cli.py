@@ -82,7 +82,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     _, status, heavy, seconds = result.split(maxsplit=3)
     assert (status, heavy) == ("0", "[]") and float(seconds) < 0.5
     text = "\n".join(shown)
-    assert all(f"  {verb}" in text for verb in ("run", "show", "eval")) and "reward" not in text
+    assert all(f"  {verb}" in text for verb in ("run", "show", "eval", "reward test", "reward sandbox"))
 
 
 def test_showing_a_recipe_loads_nothing_heavy() -> None:
@@ -97,7 +97,7 @@ def test_showing_a_recipe_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rnu"], "r1: there is no verb 'rnu'; there are run, show, eval (see r1 --help)"),
+        (["rnu"], "r1: there is no verb 'rnu'; there are run, show, eval, reward test, reward sandbox (see r1"),
         (["run"], "r1 run: the following arguments are required: RECIPE"),
         (["run", "r1-tiny", "steps"], "r1 run: an override is written a.b=value, got 'steps'"),
         (["run", "r1-tiny", "--frehs"], "r1 run: unrecognized arguments: --frehs"),

@@ -153,3 +153,13 @@ def test_the_random_coin_is_fair_deterministic_and_blind():
     assert [random_coin(completion(index=i), seed=1) for i in range(50)] != draws[:50]
     # The same text is not favoured for good: another sampling seed may show the other side.
     assert len({random_coin(completion(seed=seed)) for seed in range(50)}) == 2
+
+
+def test_a_run_refuses_a_gold_answer_that_nobody_can_read_before_it_starts():
+    from pipelines.run import _check_rewards
+    from rewards import RubricConfig
+
+    rubric = RubricConfig(functions=(RewardConfig(path="accuracy"),))
+    _check_rewards("rl", rubric, problems("1", 2))
+    with pytest.raises(ValueError, match=r"^stages\.rl\.data, for the reward 'accuracy': problem 'p1' \(jsonl:d\)"):
+        _check_rewards("rl", rubric, problems("1", " "))
