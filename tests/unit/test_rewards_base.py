@@ -72,7 +72,7 @@ def test_names_default_to_the_function():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "acuracy"}, "reward path must be accuracy, random.* got 'acuracy'"),
+        ({"path": "acuracy"}, "reward path must be accuracy.* got 'acuracy'"),
         ({"path": ":f"}, "reward path"),
         ({"path": "m:"}, "reward path"),
         ({"style": "openrlhf"}, "style must be one of plain, trl, trl_chat, verl, verl_batch"),
