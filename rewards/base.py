@@ -30,8 +30,13 @@ STYLES = ("plain", "trl", "trl_chat", "verl", "verl_batch")
 
 BUILT_IN = {
     "accuracy": "rewards.accuracy:accuracy",
+    "code_tests": "rewards.code_tests:code_tests",
+    "judge": "rewards.model_judge:judge",
+    "language_consistency": "rewards.language:language_consistency",
+    "length": "rewards.length:length",
     "random": "rewards.base:random_coin",
     "reasoning_gym": "rewards.reasoning_gym:reasoning_gym",
+    "repetition": "rewards.repetition:repetition",
     "thinking_format": "rewards.thinking_format:thinking_format",
 }
 
@@ -62,7 +67,7 @@ class RewardConfig:
     """One reward function of a rubric.
 
     Attributes:
-        path: name of a built-in (accuracy, random, reasoning_gym, thinking_format), ``module:function`` or
+        path: name of a built-in (accuracy, code_tests, random, reasoning_gym, …), ``module:function`` or
             ``file.py:function``.
         name: what it is called in scores and metrics; the function's own name when left out.
         weight: factor of its score in the reward; 0 only logs it.
@@ -191,6 +196,31 @@ def preload(function: RewardFn) -> None:
     """
     for module in getattr(function, "preloads", ()):
         importlib.import_module(module)
+
+
+def requires(check: Callable[..., None]) -> Callable[[RewardFn], RewardFn]:
+    """Names what a reward function demands of the machine.
+
+    ``check`` is called with the function's ``params`` before anything starts, and raises ValueError when the machine
+    does not have it.
+    """
+
+    def mark(function: RewardFn) -> RewardFn:
+        function.__dict__["requires"] = check
+        return function
+
+    return mark
+
+
+def check_machine(function: RewardFn, params: Mapping[str, Any]) -> None:
+    """Calls what :func:`requires` names, if anything.
+
+    Raises:
+        ValueError: the machine does not have what the function needs.
+    """
+    check = getattr(function, "requires", None)
+    if check is not None:
+        check(**params)
 
 
 def checks(check: Check, *, by_answer: bool = False) -> Callable[[RewardFn], RewardFn]:

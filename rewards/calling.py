@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.base import RewardConfig, RewardFn, Score, resolve
+from rewards.base import RewardConfig, RewardFn, Score, check_machine, resolve
 from rollout.template import split_reasoning
 from rollout.types import Problem, RolloutGroup
 
@@ -178,6 +178,7 @@ def bind(config: RewardConfig, search: Sequence[str] = ()) -> BoundReward:
     unknown = [name for name in config.params if name not in named]
     if unknown and not takes_all:
         raise ValueError(f"{label} takes no parameter {unknown[0]!r}; it has {', '.join(named) or 'none'}")
+    check_machine(function, config.params)
     is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
     return BoundReward(
         config=config,
