@@ -67,6 +67,17 @@ def test_a_fault_is_an_outcome_of_its_own_and_the_next_right_answer_is_right(poo
     assert outcomes(pool, "fine", size=4) == [1.0] * 4
 
 
+def test_a_forked_child_that_comes_back_does_not_answer_for_the_next_call() -> None:
+    pool = RewardPool([reward("misbehaves")], processes=1)
+    try:
+        for _ in range(3):
+            assert outcomes(pool, "fork") == [1.0]
+            time.sleep(0.1)
+            assert error_of(pool, "nan").kind == "invalid"
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize("fault", ["hang", "hang in C", "nan", "raise"])
 def test_the_traceback_names_the_line(pool: RewardPool, fault: str) -> None:
     traceback = error_of(pool, fault).traceback
