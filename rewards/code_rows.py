@@ -74,7 +74,7 @@ def learned_kinds(asserts: str, name: str, inputs: Sequence[Sequence[Any]]) -> K
 
 
 def _learn(literal: Any, value: Any, path: tuple[Any, ...], seen: defaultdict[tuple[Any, ...], set[str]]) -> None:
-    if isinstance(value, str) and isinstance(literal, int | float | complex):
+    if isinstance(literal, int | float | complex):  # other inputs may give the number as a text
         seen[path].add("number")
     if not isinstance(value, list):
         return
