@@ -67,8 +67,8 @@ class RewardConfig:
     """One reward function of a rubric.
 
     Attributes:
-        path: name of a built-in (accuracy, code_tests, random, reasoning_gym, …), ``module:function`` or
-            ``file.py:function``.
+        path: name of a built-in (accuracy, code_tests, judge, language_consistency, length, random, reasoning_gym,
+            repetition, thinking_format), ``module:function`` or ``file.py:function``.
         name: what it is called in scores and metrics; the function's own name when left out.
         weight: factor of its score in the reward; 0 only logs it.
         style: calling convention: ``plain``, ``trl`` (prompts and completions as texts), ``trl_chat`` (as messages),
