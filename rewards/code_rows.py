@@ -110,10 +110,11 @@ def _readings(path: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return found
 
 
-def _number(text: str) -> int | float | complex:
-    for kind in (int, float):
+def _number(text: str) -> int | float | complex | str:
+    """The number that a text shows; a text that shows none stays one."""
+    for kind in (int, float, complex):
         try:
             return kind(text)
         except ValueError:
             continue
-    return complex(text)
+    return text

@@ -274,6 +274,8 @@ def reference_outputs(task: Task, isolation: Isolation, limits: Limits) -> tuple
                 outputs.append(lookup(sandbox, task.entry_point)(*given))
             except (Exception, SandboxEnded) as error:
                 raise BadTests(f"the reference program fails on input {number}: {error}") from None
+            if isinstance(outputs[-1], Reference) and task.oracle == "not_none":
+                outputs[-1] = True
             if isinstance(outputs[-1], Reference):
                 raise BadTests(f"the reference program returns an object on input {number}")
     return tuple(outputs)

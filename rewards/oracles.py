@@ -33,7 +33,10 @@ def agrees(task: Task, given: Any, expected: Any, result: Any) -> bool:
             return set(result) == set(expected)
         return False
     if task.oracle == "root":
-        return type(result) in (int, float) and abs(_polynomial(given[0], result)) <= (task.atol or 1e-4)
+        if type(result) not in (int, float):
+            return False
+        # Of a steep polynomial the nearest float to a root is far from zero: what the reference found counts too.
+        return abs(_polynomial(given[0], result)) <= (task.atol or 1e-4) or close(expected, result, task.atol)
     return close(expected, result, task.atol)
 
 

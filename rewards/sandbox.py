@@ -36,8 +36,6 @@ from typing import Any, Self
 from rewards.isolation import Isolation, clean_environment
 from rewards.seccomp import seccomp_filter
 
-MAX_PARTS = 500_000
-"""Values in one answer."""
 _SAMPLE_S = 0.05
 _ENDING_S = 5.0
 
@@ -66,7 +64,8 @@ class Limits:
         disk: bytes of the file system in memory.
         file: bytes of one file.
         processes: processes and threads at a time, the sandbox's own two included.
-        output: bytes of one answer, and of what a program writes in one case.
+        output: bytes of one answer; a quarter of it for what a program writes in one case.
+        parts: values in one answer.
     """
 
     test_s: float = 5.0
@@ -76,6 +75,7 @@ class Limits:
     file: int = 16 << 20
     processes: int = 16
     output: int = 4 << 20
+    parts: int = 500_000
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -209,8 +209,8 @@ class Sandbox:
         if size > self._limits.output + 64:
             raise self._finish(Status.OUTPUT_LIMIT, f"an answer of {size} bytes")
         body = self._receive(size)
-        if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_PARTS:
-            raise self._finish(Status.OUTPUT_LIMIT, f"an answer of more than {MAX_PARTS} parts")
+        if body.count(b",") + body.count(b"[") + body.count(b"{") > self._limits.parts:
+            raise self._finish(Status.OUTPUT_LIMIT, f"an answer of more than {self._limits.parts} parts")
         try:
             answer = json.loads(body)
             if answer == [None]:
