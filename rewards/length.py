@@ -17,7 +17,8 @@ completion of L tokens or more has ``exceed``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from rewards.accuracy import accuracy
 from rewards.base import Score, preloads
@@ -25,6 +26,7 @@ from rollout.template import Reasoning
 from rollout.types import Completion, FinishReason, Problem
 
 FORMS = ("soft_overlong", "cosine")
+PAYS: Mapping[str, Any] = {"right": (2.0, 1.0), "wrong": (-10.0, 0.0), "exceed": -10.0}
 
 
 @preloads("math_verify", "rewards.symbolic", "sympy", "latex2sympy2_extended")
@@ -36,9 +38,7 @@ def length(
     max_tokens: int,
     cache_tokens: int = 0,
     form: str = "soft_overlong",
-    right: Sequence[float] = (2.0, 1.0),
-    wrong: Sequence[float] = (-10.0, 0.0),
-    exceed: float = -10.0,
+    pays: Mapping[str, Any] | None = None,
 ) -> Score:
     """A reward on the number of sampled tokens; see the head of this file for the formulas.
 
@@ -48,23 +48,22 @@ def length(
         max_tokens: L, tokens, >= 1. Set it no higher than the sampler's own limit, or nothing is ever above it.
         cache_tokens: C of soft_overlong, tokens, in [0, max_tokens]; 0 is a step at L.
         form: ``soft_overlong`` or ``cosine``.
-        right: (start, end) of right completions, as ``accuracy`` judges them; the published 2 and 1.
-        wrong: (start, end) of wrong ones; the published -10 and 0.
-        exceed: reward of the cosine form from the limit on; the published -10.
+        pays: of the cosine form: ``right`` and ``wrong``, the pairs (start, end) of completions as ``accuracy`` judges
+            them, and ``exceed``; what is left out is as published, see PAYS.
 
     Raises:
         ValueError: an unknown form, or a number out of its range. What ``accuracy`` raises passes through.
     """
-    _check(max_tokens, cache_tokens, form, right, wrong)
+    paid = _check(max_tokens, cache_tokens, form, pays or {})
     tokens = len(completion.token_ids)
     over = tokens > max_tokens if form == "soft_overlong" else tokens >= max_tokens
     metrics = {"over": float(over), "truncated": float(completion.finish_reason is FinishReason.LENGTH)}
     if form == "soft_overlong":
         return Score(value=soft_overlong(tokens, max_tokens, cache_tokens), metrics=metrics)
     if over:
-        return Score(value=exceed, metrics=metrics)
+        return Score(value=paid["exceed"], metrics=metrics)
     is_right = (accuracy(problem, reasoning).value or 0.0) >= 1.0
-    start, end = right if is_right else wrong
+    start, end = paid["right" if is_right else "wrong"]
     return Score(value=cosine(tokens, max_tokens, start, end), metrics={**metrics, "right": float(is_right)})
 
 
@@ -80,13 +79,17 @@ def cosine(tokens: int, max_tokens: int, start: float, end: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * tokens / max_tokens))
 
 
-def _check(max_tokens: int, cache_tokens: int, form: str, right: Sequence[float], wrong: Sequence[float]) -> None:
+def _check(max_tokens: int, cache_tokens: int, form: str, pays: Mapping[str, Any]) -> Mapping[str, Any]:
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
     if not 0 <= cache_tokens <= max_tokens:
         raise ValueError(f"cache_tokens must be in [0, max_tokens = {max_tokens}], got {cache_tokens}")
-    for name, pair in (("right", right), ("wrong", wrong)):
-        if len(pair) != 2:
-            raise ValueError(f"{name} must be two numbers, at 0 tokens and at max_tokens, got {list(pair)}")
+    unknown = sorted(pays.keys() - PAYS.keys())
+    if unknown:
+        raise ValueError(f"pays has no {unknown[0]!r}; it has {', '.join(PAYS)}")
+    for name in ("right", "wrong"):
+        if name in pays and (not isinstance(pays[name], list | tuple) or len(pays[name]) != 2):
+            raise ValueError(f"pays {name} must be two numbers, at 0 tokens and at max_tokens, got {pays[name]!r}")
+    return {**PAYS, **pays}

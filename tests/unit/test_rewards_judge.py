@@ -97,7 +97,6 @@ async def test_a_verdict_is_brought_to_one_and_its_cost_is_counted(endpoint, mon
     assert request["model"] == "m" and request["max_tokens"] == 99 and request["temperature"] == 0
     assert "Is it 6?" in request["messages"][0]["content"]
     assert endpoint.keys == [f"Bearer {KEY}"]
-    assert (await ask(endpoint, scale=(5, 9))).value == 0.5
 
 
 async def test_the_completion_stands_between_markers_that_are_new_each_time(endpoint):
@@ -141,12 +140,12 @@ async def test_a_judge_that_repeats_the_completions_own_verdict_is_an_error(endp
 )
 def test_what_is_no_verdict(line):
     with pytest.raises(JudgeError):
-        read_verdict(line, "m", 0, 10)
+        read_verdict(line, "m")
 
 
 def test_what_is_one():
-    assert read_verdict('so\n\n {"id": "m", "score": 7.5} \n', "m", 0, 10) == 7.5
-    assert read_verdict('{"score": 0, "id": "m"}', "m", 0, 10) == 0.0
+    assert read_verdict('so\n\n {"id": "m", "score": 7.5} \n', "m") == 7.5
+    assert read_verdict('{"score": 0, "id": "m"}', "m") == 0.0
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -207,8 +206,6 @@ async def test_wrong_parameters(endpoint, monkeypatch):
         await ask(endpoint, key_variable="JUDGE_KEY")
     with pytest.raises(ValueError, match="no 'tries'"):
         await ask(endpoint, limits={"tries": 1})
-    with pytest.raises(ValueError, match="growing"):
-        await ask(endpoint, scale=(1, 1))
 
 
 async def test_a_long_answer_is_cut_in_its_middle(endpoint):

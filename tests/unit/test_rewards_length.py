@@ -57,6 +57,13 @@ def test_the_cosine(tokens, answer, expected):
     assert score.metrics["over"] == float(tokens == 100)
 
 
+def test_what_the_cosine_pays_can_be_set():
+    pays = {"right": [1.0, 0.5], "exceed": -1.0}
+    assert judge(0, max_tokens=10, form="cosine", pays=pays).value == 1.0
+    assert judge(0, "5", max_tokens=10, form="cosine", pays=pays).value == -10.0
+    assert judge(10, max_tokens=10, form="cosine", pays=pays).value == -1.0
+
+
 @given(st.integers(1, 10_000), st.data())
 def test_longer_is_never_better_when_right_and_never_worse_when_wrong(limit, data):
     short, long = sorted(data.draw(st.tuples(st.integers(0, limit), st.integers(0, limit))))
@@ -72,7 +79,8 @@ def test_longer_is_never_better_when_right_and_never_worse_when_wrong(limit, dat
         ({"max_tokens": 0}, "max_tokens must be >= 1"),
         ({"max_tokens": 10, "cache_tokens": 11}, "cache_tokens must be in"),
         ({"max_tokens": 10, "form": "sine"}, "form must be one of"),
-        ({"max_tokens": 10, "right": [1.0]}, "right must be two numbers"),
+        ({"max_tokens": 10, "pays": {"right": [1.0]}}, "right must be two numbers"),
+        ({"max_tokens": 10, "pays": {"rihgt": [1.0, 0.0]}}, "no 'rihgt'"),
     ],
 )
 def test_what_is_refused(options, words):
