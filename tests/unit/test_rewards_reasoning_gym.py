@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rewards import Rubric, RubricConfig, Score
-from rewards.base import RewardConfig
+from rewards.base import RewardConfig, check_problems
 from rewards.reasoning_gym import reasoning_gym
 from rollout.prompts import DataConfig, load_problems
 from rollout.template import split_reasoning
@@ -81,3 +81,29 @@ def test_through_the_rubric(problem):
     wrong = group(2, problem=problem, text="t</think><answer>no</answer>")
     with Rubric(config) as rubric:
         assert [[r.reward for r in each.rollouts] for each in rubric.score([right, wrong])] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("answer", ["nan", "NaN", "nan + nani", "-nanj"])
+def test_not_a_number_earns_nothing(answer):
+    (each,) = load_problems(DataConfig(source="reasoning_gym:complex_arithmetic", size=1))
+    score = judge(each, f"t</think><answer>{answer}</answer>")
+    assert score == Score(value=0.0, metrics={"answered": 1.0, "unreadable": 1.0})
+
+
+@pytest.mark.parametrize("name", ["countdown", "arc_agi", "advanced_geometry"])
+def test_no_answer_earns_nothing_where_the_scorer_pays_for_it(name):
+    (each,) = load_problems(DataConfig(source=f"reasoning_gym:{name}", size=1))
+    for text in ("t</think>", "t</think><answer> </answer>"):
+        assert judge(each, text) == Score(value=0.0, metrics={"answered": 0.0, "unreadable": 0.0})
+
+
+def test_a_reply_of_another_shape_is_unreadable():
+    (each,) = load_problems(DataConfig(source="reasoning_gym:boxnet", size=1))
+    assert judge(each, "t</think><answer>[[[1]]]</answer>").metrics["unreadable"] == 1.0
+
+
+def test_a_scorer_that_pays_in_full_for_nonsense_is_refused_before_the_run(problem):
+    halting = load_problems(DataConfig(source="reasoning_gym:game_of_life_halting", size=8))
+    with pytest.raises(ValueError, match="scorer of game_of_life_halting gives full credit to 'no answer at all'"):
+        check_problems(reasoning_gym, halting)
+    check_problems(reasoning_gym, [problem])
