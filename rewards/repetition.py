@@ -1,4 +1,4 @@
-"""A penalty on text that repeats itself: n-grams (Yeo et al., arXiv 2502.03373, section 4.2) and loops.
+"""A penalty on text that repeats itself: n-grams (Yeo et al., arXiv 2502.03373) and loops.
 
     penalty = -max_penalty * max(share of repeated n-grams, share of the text that lies in loops)
 
