@@ -1,4 +1,4 @@
-"""``python -m benchmarks [grpo] [rollout] [sync] [learner] [--quick] [--out DIR]``: r1 against its peers.
+"""``python -m benchmarks [NAME …] [--quick] [--out DIR]``: r1 against its peers.
 
 Each benchmark runs in a process of its own. A full run rewrites docs/benchmarks.md and docs/benchmarks.json; a quick
 one writes the same two files below runs/benchmarks.
@@ -17,7 +17,7 @@ from benchmarks.apart import run_apart
 from benchmarks.peer import PeerFailed
 from benchmarks.report import Measurement, table, write
 
-NAMES = ("grpo", "rollout", "sync", "learner")
+NAMES = ("grpo", "rollout", "sync", "learner", "grading", "sandbox")
 _FULL, _QUICK = Path("docs"), Path("runs/benchmarks")
 
 

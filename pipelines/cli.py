@@ -42,18 +42,18 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # closed by who started this
+        return _fail({}, "standard output is closed; send it to a file or to /dev/null", "OSError")
     try:
         verb, options = _parse(argv)
     except SystemExit as stop:
         status = int(stop.code or 0)
         if status and "--json" in argv:
-            _print_json({"error": "wrong usage: standard error says what", "type": "UsageError"})
-        return status
+            return _printed({"error": "wrong usage: standard error says what", "type": "UsageError"}, status)
+        return _printed(None, status)
     with _one_object(options.json) as answer:
         status = _guarded(verb, options, answer)
-    if options.json:
-        _print_json(answer)
-    return status
+    return _printed(answer if options.json else None, status)
 
 
 def _parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], argparse.Namespace]:
@@ -229,10 +229,16 @@ def _guarded(
         return _fail(answer, f"a reader went away ({error}); the same command goes on from here", "BrokenPipeError")
     except KeyboardInterrupt:
         return _fail(answer, "interrupted; the same command goes on from here", "KeyboardInterrupt")
-    except Exception as error:  # the outermost boundary: whatever happens ends in one line
+    except SystemExit as stop:
+        text = f"code of yours ended the program (SystemExit: {stop.code}); take sys.exit out of what the recipe names"
+        return _fail(answer, text, "SystemExit")
+    except BaseException as error:  # the outermost boundary: whatever happens ends in one line
         if options.debug:
             traceback.print_exc()
         text = " ".join(str(error).split()) or "no message"
+        if isinstance(error, RuntimeError) and "home directory" in text:  # pathlib's word for it
+            error = ValueError("a path begins with ~ and the name of a user that this machine does not have")
+            text = str(error)
         if not isinstance(error, (ValueError, OSError, *_foreseen())):
             text = f"{type(error).__name__}: {text}"
             text += "" if options.debug else "; run with --debug for the traceback"
@@ -269,9 +275,20 @@ def _one_object(json_wanted: bool) -> Iterator[dict[str, Any]]:
         os.close(kept)
 
 
-def _print_json(answer: dict[str, Any]) -> None:
-    with suppress(BrokenPipeError):
-        print(json.dumps(answer, default=str), flush=True)
+def _printed(answer: dict[str, Any] | None, status: int) -> int:
+    """Prints the object, if any, and what is still buffered; the status, or that of a failure to print."""
+    try:
+        if answer is not None:
+            print(json.dumps(answer, default=str))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        with suppress(OSError):  # what is buffered would be tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail({}, f"standard output cannot be written: {error.strerror}", "OSError")
+    return status
 
 
 @contextmanager

@@ -170,6 +170,8 @@ def _read(name_or_path: str) -> tuple[str, str]:
             return f"{name_or_path}.yaml", (resources.files(_RECIPES) / f"{name_or_path}.yaml").read_text("utf-8")
         if not path.is_file():
             raise RecipeError(f"there is no shipped recipe {name_or_path!r}{nearest(name_or_path, names)}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RecipeError(f"{name_or_path}: this is no regular file; name a YAML file")
     try:
         return name_or_path, path.read_text("utf-8")
     except FileNotFoundError:

@@ -48,8 +48,8 @@ class View(Protocol):
         """Something happened that deserves a line of its own."""
         ...
 
-    def end(self) -> None:
-        """The stage is finished."""
+    def end(self, how: str = "done in") -> None:
+        """The stage is finished, or was stopped."""
         ...
 
     def close(self) -> None:
@@ -166,11 +166,11 @@ class LineView:
         except (OSError, ValueError):  # a closed pipe: nobody reads, the run goes on
             self._every = float("inf")
 
-    def end(self) -> None:
+    def end(self, how: str = "done in") -> None:
         """See :class:`View`."""
         if self._pending:
             self._print_progress()
-        self.line(f"{self._name}: done in {self._progress.elapsed()}")
+        self.line(f"{self._name}: {how} {self._progress.elapsed()}")
 
     def close(self) -> None:
         """See :class:`View`."""
@@ -222,10 +222,10 @@ class LiveView:
         with suppress(OSError, ValueError):
             self._console.print(printable(text), markup=False, highlight=False)
 
-    def end(self) -> None:
+    def end(self, how: str = "done in") -> None:
         """See :class:`View`."""
         if self._name:
-            self._finished.append((self._name, f"done in {self._progress.elapsed()}  {figures(self._metrics)}"))
+            self._finished.append((self._name, f"{how} {self._progress.elapsed()}  {figures(self._metrics)}"))
             self._name = ""
 
     def close(self) -> None:

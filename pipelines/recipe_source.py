@@ -52,6 +52,7 @@ class Node:
     keys: dict[str, Origin] = field(default_factory=dict)
 
 
+_MOST_NODES = 100_000
 _MERGE = "<<"
 
 
@@ -134,7 +135,29 @@ def parse_recipe(text: str, source: str) -> Node:
         raise RecipeError(f"{source}: the recipe is empty; it needs at least model and stages")
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{source}:{node.start_mark.line + 1}: a recipe is a mapping of keys to values")
+    _refuse_explosion(node, source)
     return _convert(node, source, "", ())
+
+
+def _refuse_explosion(node: yaml.Node, source: str) -> None:
+    """Aliases become copies: nine levels of ten aliases each would be a thousand million."""
+    sizes: dict[int, int] = {}
+
+    def size(of: yaml.Node) -> int:
+        if id(of) not in sizes:
+            sizes[id(of)] = 1  # what refers to itself is refused later, with its place
+            inner = of.value if isinstance(of, yaml.SequenceNode) else []
+            if isinstance(of, yaml.MappingNode):
+                inner = [part for pair in of.value for part in pair]
+            sizes[id(of)] = 1 + sum(map(size, inner))
+        return sizes[id(of)]
+
+    try:
+        total = size(node)
+    except RecursionError:
+        raise RecipeError(f"{source}: this is nested too deeply for a recipe") from None
+    if total > _MOST_NODES:
+        raise RecipeError(f"{source}: with its aliases spelled out it has {total} values, more than {_MOST_NODES}")
 
 
 def parse_override(text: str) -> tuple[list[str], Node]:

@@ -16,7 +16,8 @@ from pipelines.run_dir import RunDir, StageDir
 from pipelines.schema import plain
 from pipelines.sft import SftStage, resolve_target, train_sft
 from pipelines.tracking import Tracker
-from rewards.base import check_problems
+from rewards.base import BUILT_IN, RewardConfig, check_problems
+from rewards.bounded import BoundedCalls, Overrun
 from rewards.calling import bind
 from rewards.rubric import RubricConfig
 from rollout.types import Problem
@@ -24,6 +25,10 @@ from rollout.types import Problem
 if TYPE_CHECKING:
     from pipelines.config import LoadedRecipe, Recipe
     from pipelines.workers import Workers
+
+
+_LOADING_S = 60.0  # for the import of a user's module
+_LOADING_BYTES = 64 << 30  # of address space: some import torch
 
 
 def run_recipe(loaded: LoadedRecipe, *, fresh: bool = False, dry_run: bool = False) -> dict[str, Any]:
@@ -169,13 +174,37 @@ def _check_rewards(place: str, rubric: RubricConfig, problems: Sequence[Problem]
     """
     for function in rubric.functions:
         try:
+            if function.path not in BUILT_IN and (fault := _fault_of_loading(function)):
+                raise ValueError(fault)
             bound = bind(function)
         except Exception as error:  # importing a user's module may raise anything: the reward boundary
-            raise ValueError(f"stages.{place}.rewards: {function.path!r}: {type(error).__name__}: {error}") from error
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"stages.{place}.rewards: {function.path!r}: {kind}{error}") from error
         try:
             check_problems(bound.function, problems)
         except ValueError as error:
             raise ValueError(f"stages.{place}.data, for the reward {function.name!r}: {error}") from error
+
+
+def _fault_of_loading(function: RewardConfig) -> str | None:
+    """What importing a user's module and looking at its function raises or does to the process that does it."""
+    calls = BoundedCalls(memory=_LOADING_BYTES)
+    try:
+        return calls.call(_load, function, timeout_s=_LOADING_S)
+    except Overrun as error:
+        return f"importing it does not end, or ends the process: {error}"
+    finally:
+        calls.close()
+
+
+def _load(function: RewardConfig) -> str | None:
+    try:
+        bind(function)
+    except ValueError as error:
+        return str(error)
+    except BaseException as error:  # SystemExit among them
+        return f"importing it raises {type(error).__name__}: {error}"
+    return None
 
 
 def _check_gates(stages: Sequence[Any]) -> None:

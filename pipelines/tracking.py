@@ -238,10 +238,10 @@ class Tracker:
                 figures[name] = {"first": values[0], "last": values[-1], "max": max(values)}
         return figures
 
-    def close(self) -> None:
+    def close(self, *, stopped: bool = False) -> None:
         """Ends the progress bar and the wandb run of the stage; safe to call twice."""
         if self._view is not None:
-            self._view.end()
+            self._view.end("stopped after" if stopped else "done in")
             self._view = None
         if self._wandb is not None:
             self._wandb.finish()
@@ -250,8 +250,8 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(stopped=kind is not None)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -104,12 +104,40 @@ def check_model(config: ModelConfig) -> None:
     """Finds out early and without loading weights whether :func:`load_policy` would find the model.
 
     Raises:
-        ValueError: no such preset, a folder or hub id whose config cannot be read, or a model that vLLM cannot serve.
+        ValueError: no such preset, shapes that cannot be, a folder or hub id whose config or tokenizer cannot be read
+            or whose weight files are cut off, or a model that vLLM cannot serve.
     """
     if config.preset is not None:
-        check_servable(preset_config(config.preset, **config.overrides))
-    else:
-        check_servable(_read_config(_model_source(config)))
+        shapes = preset_config(config.preset, **config.overrides)
+        check_servable(shapes)
+        try:
+            with torch.device("meta"):
+                PolicyModel(shapes)
+        except Exception as error:  # torch's many ways to say that there is no such layer
+            raise ValueError(f"model.overrides: no model has these shapes: {_one_line(error)}") from error
+        if config.tokenizer is not None:
+            _load_tokenizer(config.tokenizer, "tokenizer")
+        return
+    source = _model_source(config)
+    check_servable(_read_config(source))
+    _check_files(Path(source))
+    assert config.path is not None
+    _load_tokenizer(config.tokenizer or config.path, "tokenizer" if config.tokenizer else "path")
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError when a folder has no weights or a file of them is shorter than its header says."""
+    if not folder.is_dir():
+        return  # a hub id
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not list(folder.glob("*.bin")):
+        raise ValueError(f"model.path: {folder} has no weights (*.safetensors); is the folder whole?")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model.path: cannot read {file} ({_one_line(error)}); is the folder whole?") from error
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

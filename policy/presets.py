@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DeepseekV3Config
 
 from policy.rope import rope_parameters
@@ -157,8 +158,11 @@ def preset_config(name: str, **overrides: Any) -> DeepseekV3Config:
     known = set(DeepseekV3Config().to_dict()) | set(_VLLM_FIELDS)
     for field in overrides:
         if field not in known:
-            raise ValueError(f"DeepseekV3Config has no field {field!r}{_nearest(field, known)}")
-    config = with_vllm_fields(DeepseekV3Config(**{**PRESETS[name], **overrides}))
+            raise ValueError(f"model.overrides: DeepseekV3Config has no field {field!r}{_nearest(field, known)}")
+    try:
+        config = with_vllm_fields(DeepseekV3Config(**{**PRESETS[name], **overrides}))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"model.overrides: {' '.join(str(error).split())}") from error
     check_supported(config)
     return config
 
@@ -200,6 +204,7 @@ def check_supported(config: DeepseekV3Config) -> None:
     experts, groups, top_groups = config.n_routed_experts, config.n_group or 1, config.topk_group or 1
     top_k, per_group = config.num_experts_per_tok or 0, experts // groups
     rules = (
+        (config.num_hidden_layers > 0, f"num_hidden_layers must be >= 1, got {config.num_hidden_layers}"),
         (config.hidden_act == "silu", f"hidden_act must be silu, got {config.hidden_act!r}"),
         (not config.attention_dropout, "attention_dropout is not supported: set it to 0"),
         (bool(config.rope_interleave), "rope_interleave must be true: vLLM rotates interleaved pairs whatever it says"),

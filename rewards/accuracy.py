@@ -14,7 +14,7 @@ from typing import Any
 from rewards.answers import boxed, final_answer
 from rewards.base import Score, checks, preloads
 from rewards.bounded import BoundedCalls, Overrun
-from rewards.equivalence import equivalent, is_label
+from rewards.equivalence import equivalent, is_label, is_readable
 from rewards.normalise import MAX_DIGITS, balanced, based, compact, normalised, rational, without_text_commands
 from rewards.quantities import same_number
 from rewards.symbolic import parsed, same_expression
@@ -31,11 +31,16 @@ _TOWER = re.compile(
 )
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS},}}")
 _CLAIM = re.compile(
-    r"(?:answer|result|réponse|respuesta|ответ|答案)\s*(?:is|est|es|:|：|=|为|是)+\s*([^\n]+)", re.IGNORECASE
+    r"(?:(?:answer|result|réponse|respuesta|ответ|答案)\s*(?:is|est|es|:|：|=|为|是)+|I think (?:it's|it is))"
+    r"\s*([^\n]+)",
+    re.IGNORECASE,
 )
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_NUMBER = re.compile(r"(?<![A-Za-z\d_.,])[-+]?(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:/\d+)?\s*%?")
-_LETTER = re.compile(r"(?:[a-z]+\s+){0,3}\(?([A-J])\)?(?![\w'’]|\s+[a-z]{2,}\s+[a-z])")
+_NUMBER = re.compile(
+    r"(?<![A-Za-z\d_.,])[-+]?(?:\d{1,3}(?:[ ,]\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)(?:/\d+)?\s*%?"
+    r"|\\[dt]?frac\{[^{}]*\}\{[^{}]*\}"
+)
+_LETTER = re.compile(r"(?:[a-z]+\s+){0,3}\(?([A-J])\)?(?![A-Za-z\d_'’]|\s+[a-z]{2,}\s+[a-z])")
 _PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[a-zA-Z]{3,}\s*:|[\u4e00-\u9fff\u3002]")
 
 _calls = BoundedCalls()
@@ -61,11 +66,12 @@ def _fault(gold: Any) -> str | None:
 
 @checks(check_gold, by_answer=True)
 @preloads("math_verify", "rewards.symbolic", "sympy", "latex2sympy2_extended")
-def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limit_s: float = 3.0) -> Score:
+def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limit_s: float = 5.0) -> Score:
     """1.0 when the final answer equals ``problem.answer`` (a text or a number), else 0.0.
 
     Metrics, all but ``boxes`` 0 or 1: ``answered`` (an answer was found), ``boxes`` (how many were written after the
-    thinking: spraying shows), ``refused`` (too long, deep or large to parse), ``gave_up`` (``limit_s`` ran out).
+    thinking: spraying shows), ``refused`` (too long, deep or large to parse), ``gave_up`` (``limit_s`` ran out),
+    ``unparsed`` (it is neither words nor anything that a parser knows).
 
     Args:
         bare: without a box and without tags, the last formula or number counts.
@@ -79,7 +85,13 @@ def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limi
     gold = str(problem.answer)
     answer = final_answer(reasoning) or (bare_answer(reasoning) if bare else None)
     boxes = boxed(reasoning.answer) if reasoning.closed else []
-    metrics = {"answered": float(bool(answer)), "boxes": float(len(boxes)), "refused": 0.0, "gave_up": 0.0}
+    metrics: dict[str, float] = {
+        "answered": float(bool(answer)),
+        "boxes": float(len(boxes)),
+        "refused": 0.0,
+        "gave_up": 0.0,
+        "unparsed": 0.0,
+    }
     if not answer:
         return Score(value=0.0, metrics=metrics)
     quick = quick_equal(gold, answer) if len(answer) <= MAX_CHARACTERS else None
@@ -87,9 +99,12 @@ def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limi
         return Score(value=0.0, metrics={**metrics, "refused": 1.0})
     if quick is None:
         try:
-            quick = _calls.call(equal, gold, answer, timeout_s=limit_s)
-        except (Overrun, RecursionError):
+            quick, read = _calls.call(compared, gold, answer, timeout_s=limit_s)
+        except Overrun:
             return Score(value=0.0, metrics={**metrics, "gave_up": 1.0})
+        except Exception:  # whatever a parser makes of a model's text, the model gets its zero
+            quick, read = False, False
+        metrics["unparsed"] = float(not read)
     return Score(value=float(quick), metrics=metrics)
 
 
@@ -107,12 +122,18 @@ def quick_equal(gold: str, answer: str) -> bool | None:
     return None if a is None or b is None else same_number(a, b)
 
 
-def equal(gold: str, answer: str) -> bool:
-    """Equality of two answers, however long that takes: call it under a deadline.
+def compared(gold: str, answer: str) -> tuple[bool, bool]:
+    """Whether two answers are equal, and whether this one could be read; however long that takes.
 
-    Raises:
-        RecursionError: an answer too deep for the parser.
+    Call it under a deadline. What it raises is up to the parsers.
     """
+    if equal(gold, answer):
+        return True, True
+    return False, is_readable(answer, parsed)
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Equality of two answers, however long that takes: call it under a deadline."""
     return equivalent(gold, answer, same_expression) or _math_verify_agrees(gold, answer)
 
 
@@ -160,7 +181,7 @@ def bare_answer(reasoning: Reasoning) -> str | None:
     if letter := _LETTER.match(text):
         return letter[1]
     found = [(match.end(), next(group for group in match.groups() if group)) for match in _FORMULA.finditer(text)]
-    found = [(end, formula.strip()) for end, formula in found if not is_label(formula)]
+    found = [(end, formula.strip()) for end, formula in found if not is_label(formula) and not _PROSE.search(formula)]
     found += [(match.end(), match[0].strip()) for match in _NUMBER.finditer(_FORMULA.sub(_blank, text))]
     return max(found)[1] if found else text or None
 

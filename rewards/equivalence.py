@@ -44,6 +44,21 @@ def equivalent(gold: str, answer: str, leaf: Leaf) -> bool:
     return bool(left and right) and _same(left, right, leaf)
 
 
+def is_readable(answer: str, parse: Callable[[str], object]) -> bool:
+    """Whether an answer is words, or made of parts and terms that ``parse`` gives anything but None for."""
+    text = without_text_commands(normalised(answer))
+    if not text:
+        return False
+    if _words(text) or based(compact(text)) or _CHOICE.fullmatch(text):
+        return True
+    parts = split_parts(text)
+    terms = relation(text)[0] if parts is None else list(parts.items)
+    if len(terms) > 1 or parts is not None:
+        return all(is_readable(term, parse) for term in terms)
+    stem = quantity(text)[0]
+    return rational(compact(stem)) is not None or _rows(text) is not None or parse(stem) is not None
+
+
 def _exact_part(text: str) -> str:
     r"""``x = 1/3 \approx 0.33`` without its approximation; ``x \approx 11`` has nothing else."""
     exact, _, rest = text.partition("\\approx")

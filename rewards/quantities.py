@@ -1,6 +1,7 @@
 """Numbers with units, currencies, degrees and percent signs; when two numbers are the same.
 
-A missing or extra unit is forgiven, a different one is not. A decimal is exact or agrees to six significant digits.
+A missing or extra unit is forgiven, a different one is not. A decimal is exact or agrees to six significant digits
+with what it stands for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 from fractions import Fraction
 
 SIGNIFICANT = 6
+_NOISE = Fraction(1, 10**9)
 
 FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "pi", "sqrt", "exp", "min", "max", "gcd", "lcm", "mod", "inf"}
 _CURRENCY = "$€£¥₹"
@@ -55,17 +57,34 @@ def quantity(text: str) -> tuple[str, str]:
 
 
 def same_number(gold: tuple[Fraction, int | None], answer: tuple[Fraction, int | None]) -> bool:
-    """Exactly equal, or a decimal of at least six significant digits that agrees to six.
+    """Exactly equal, or a decimal of at least six significant digits that agrees to six with what it stands for.
+
+    A decimal stands for a number that has no finite decimal, or for another decimal of at least six digits. So a third
+    is 0.333333, but neither 7 nor 0.1 has neighbours; 5.00000000001 is 5 (the noise of floating point).
 
     Each number comes with its significant digits where it is a decimal, as ``normalise.rational`` gives it.
     """
     (a, digits_a), (b, digits_b) = gold, answer
     if a == b:
         return True
-    if a == 0 or b == 0 or max(digits_a or 0, digits_b or 0) < SIGNIFICANT:
+    digits = [count for count in (digits_a, digits_b) if count is not None]
+    if a == 0 or b == 0 or max(digits, default=0) < SIGNIFICANT:
+        return False
+    if abs(a - b) <= _NOISE * max(abs(a), abs(b)):
+        return True
+    exact = a if digits_a is None else b
+    if min(digits) < SIGNIFICANT or (len(digits) == 1 and _is_finite_decimal(exact)):
         return False
     unit = last_digit(max(abs(a), abs(b)), SIGNIFICANT)
     return round(a / unit) == round(b / unit) or int(a / unit) == int(b / unit)  # rounded, or cut off
+
+
+def _is_finite_decimal(value: Fraction) -> bool:
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest == 1
 
 
 def last_digit(value: Fraction, digits: int) -> Fraction:

@@ -350,7 +350,17 @@ def _resolve_rewrite(path: str | None) -> Rewrite:
     rewrite = _find_rewrite(path)
 
     def remembered(problem: Problem) -> Problem | None:
-        written = rewrite(problem)
+        try:
+            written = rewrite(problem)
+        except Exception as error:  # a user's function: the boundary
+            raise ValueError(
+                f"data.rewrite {path!r} failed on {problem.id!r}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(written, Problem | None):
+            raise ValueError(
+                f"data.rewrite {path!r} must return a Problem, or None to drop the row; on {problem.id!r} it returned "
+                f"{_short(written)}"
+            )
         if written is None or written.prompt == problem.prompt:
             return written
         return replace(written, metadata={**written.metadata, ORIGINAL_PROMPT: problem.prompt})

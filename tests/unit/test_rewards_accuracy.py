@@ -48,7 +48,10 @@ def test_boxes_are_the_outermost_balanced_ones():
         ("-3", "3", False),
         ("1/3", "0.333333", True),
         ("1/3", "0.33333", False),
-        ("7", "7.00001", False),
+        ("7", "7.0000001", False),
+        ("7", "7.0000000000001", True),
+        ("0.1", "0.10000001", False),
+        ("3.141593", "3.1415926535", True),
         ("\\left( 3, 4 \\right)", "(3,4)", True),
         ("1/0", "1", None),
         ("x+1", "1+x", None),
@@ -82,7 +85,7 @@ def test_the_rest_is_left_to_math_verify(gold, answer, expected):
 
 
 def test_the_metrics_tell_what_happened():
-    assert judge("1", "t").metrics == {"answered": 0.0, "boxes": 0.0, "refused": 0.0, "gave_up": 0.0}
+    assert judge("1", "t").metrics == {"answered": 0.0, "boxes": 0.0, "refused": 0.0, "gave_up": 0.0, "unparsed": 0.0}
     assert judge("1", "t</think>\\boxed{2}\\boxed{1}").metrics["boxes"] == 2.0
     assert judge("1", "\\boxed{1}\\boxed{1}</think>\\boxed{2}").metrics["boxes"] == 1.0
 
@@ -95,6 +98,23 @@ def test_bombs_are_refused_before_anybody_parses_them(bomb):
     score = judge("3", f"t</think>\\boxed{{{bomb}}}")
     assert score.value == 0.0 and score.metrics["refused"] == 1.0
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "unparsed"),
+    [("x+2", 0.0), ("\\frac{1}{", 1.0), ("x @ @ y", 1.0), ("(1, 2]", 0.0), ("hyperbola", 0.0), ("y = 3x", 0.0)],
+)
+def test_what_cannot_be_read_is_counted_apart_from_what_is_wrong(answer, unparsed):
+    score = judge("x+1", f"t</think><answer>{answer}</answer>")
+    assert score.value == 0.0 and score.metrics["unparsed"] == unparsed
+
+
+def test_whatever_a_parser_raises_the_model_gets_its_zero(monkeypatch):
+    def broken(*arguments, **options):
+        raise KeyError("a bug of a parser")
+
+    monkeypatch.setattr("rewards.accuracy._calls.call", broken)
+    assert judge("x+1", "t</think>\\boxed{1+x}").value == 0.0
 
 
 def test_a_gold_answer_that_is_missing_or_unreadable_is_an_error():
