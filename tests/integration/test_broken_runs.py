@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ def recipe() -> dict[str, Any]:
     return yaml.safe_load((SUPPORT / "mini.yaml").read_text())
 
 
-def r1(folder: Path, content: dict[str, Any], *more: str) -> tuple[int, str, str]:
-    """``r1 run`` on a recipe in ``folder``: exit status, the last line of standard error, all of it."""
+def r1(folder: Path, content: dict[str, Any], *more: str, path: Sequence[Path] = ()) -> tuple[int, str, str]:
+    """``r1 run`` on a recipe in ``folder``: exit status, the last line of standard error, all of it.
+
+    Python looks for modules in ``path`` first.
+    """
     file = folder / "mini.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     command = [sys.executable, "-m", "pipelines.cli", "run", str(file), f"run.dir={folder}", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=250,
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=250
+    )
     lines = done.stderr.strip().splitlines()
     return done.returncode, lines[-1] if lines else "", done.stderr
 
@@ -124,6 +127,29 @@ def test_a_reward_that_raises_stops_at_the_step_with_its_own_words(tmp_path: Pat
     assert r1(tmp_path, content) == (0, "", ""), "mended, the same command goes on"
     steps = [json.loads(line)["step"] for line in (tmp_path / "mini/01-grpo/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2]
+
+
+WITHOUT_REPACK = """
+import rollout.vllm_start as start
+
+complete = start.process_environment
+
+def process_environment(*args, **kwargs):
+    return {**complete(*args, **kwargs), start.MENDS_VARIABLE: "batch,rotary"}
+
+start.process_environment = process_environment
+"""
+
+
+def test_without_the_expert_mend_the_run_stops_at_its_first_sync(tmp_path: Path) -> None:
+    """Every process of the run loses the mend as it starts, as if it had never been written."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_REPACK)
+    content = recipe()
+    content["stages"] = [content["stages"][2]]
+    status, line, everything = r1(tmp_path, content, path=[tmp_path])
+    assert status == 1 and everything == line + "\n", everything
+    assert re.search(r"version \d+ of the weights in rollout worker \d .*; worst: .+ at \d+ \(engine -", line), line
+    assert not list((tmp_path / "mini/01-grpo/rollouts").glob("*")), "nothing was drawn with what is not attested"
 
 
 @pytest.fixture

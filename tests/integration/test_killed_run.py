@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
+from pipelines.tracking import METRICS, describe_metric
 from tests.integration.support.killed_run import POINTS
 
 SUPPORT = Path(__file__).parent / "support"
@@ -20,12 +24,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, point: str) -> tuple[int, str]:
-    """Runs the mini recipe in ``folder`` until its end or its death: exit status (-9: killed), standard error."""
+    """Runs the mini recipe in ``folder`` until its end or its death: exit status (-9: killed), standard error.
+
+    What it printed on standard output is kept in ``shown``.
+    """
     command = [sys.executable, "-m", "tests.integration.support.killed_run", str(SUPPORT / "mini.yaml"),
                str(folder / "drawn"), point, f"run.dir={folder}"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
     assert done.returncode in (0, 1, -signal.SIGKILL), done.stdout[-2000:] + done.stderr[-3000:]
+    (folder / "shown").write_text(done.stdout)
     return done.returncode, done.stderr
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def rollouts(folder: Path) -> dict[str, str]:
@@ -44,10 +56,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     assert run(calm, "none") == (0, "")
     status, told = run(killed, "terminate")
     assert status == 1 and told.splitlines()[-1:] == ["r1: interrupted; the same command goes on from here"], told
+    lose_the_learner(killed)
     for point in POINTS:
         assert run(killed, point)[0] == -signal.SIGKILL, f"the run was not killed at {point}"
     assert run(killed, "none") == (0, "")
     yield calm, killed
+
+
+def lose_the_learner(folder: Path) -> None:
+    """The learner's process alone is killed, in the middle of a checkpoint; the driver ends by itself and says so."""
+    assert run(folder, "lost-learner") == (
+        1,
+        "r1: the learner was lost while it was asked to save: its process is gone (killed, or the machine is out of "
+        "memory); run the same command, it goes on from the last checkpoint\n",
+    )
+    [torn] = (folder / "mini").glob("*/checkpoints/.partial-step-*")
+    [whole] = torn.parent.glob("step-*")
+    assert not (torn / "complete.json").exists() and (whole / "complete.json").exists()
+    (folder / "whole").write_text(json.dumps([torn.parents[1].name, int(whole.name.removeprefix("step-"))]))
 
 
 @pytest.mark.timeout(900)
@@ -78,23 +104,112 @@ def test_no_finished_rollout_was_drawn_again(runs: tuple[Path, Path]) -> None:
 
 def test_each_step_is_logged_once_and_every_stage_is_done(runs: tuple[Path, Path]) -> None:
     for folder in runs:
-        steps = [json.loads(line)["step"] for line in (folder / "mini/03-grpo/metrics.jsonl").read_text().splitlines()]
-        assert steps == [0, 1, 2]
-        summary = json.loads((folder / "mini/summary.json").read_text())
-        assert [stage["status"] for stage in summary["stages"]] == ["done"] * 4
+        assert [row["step"] for row in rows(folder / "mini/03-grpo/metrics.jsonl")] == [0, 1, 2]
+        assert [stage["status"] for stage in json.loads(summary(folder))["stages"]] == ["done"] * 4
 
 
 def test_no_process_outlives_its_run(runs: tuple[Path, Path]) -> None:
-    left = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if _mentions(pid, [str(f) for f in runs])]
-    assert left == []
+    listed = [line.split(maxsplit=3) for folder in runs for line in (folder / "processes").read_text().splitlines()]
+    assert {point for point, *_ in listed} == {"none", "terminate", "lost-learner", *POINTS}
+    names = {name for point, _, _, name in listed if point == "rollouts"}
+    for part in ("raylet", "ray::LearnerService", "ray::RolloutService", "EngineCore"):
+        assert any(part in name for name in names), f"{part} is not among {names}"
+    deadline = time.monotonic() + 20
+    while left := [row for row in listed if _lives(int(row[1]), float(row[2]))]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
-def _mentions(pid: str, words: list[str]) -> bool:
+def _lives(pid: int, started: float) -> bool:
+    """Whether it is this process, and not a later one of the same number or one that nobody has buried."""
     try:
-        text = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return any(word.encode() in text for word in words)
+
+
+def test_a_checkpoint_that_a_lost_learner_left_behind_is_not_taken_up(runs: tuple[Path, Path]) -> None:
+    _, killed = runs
+    stage, step = json.loads((killed / "whole").read_text())
+    events = rows(killed / "mini/events.jsonl")
+    [lost] = [i for i, event in enumerate(events) if "LearnerDied" in event.get("error", "")]
+    resumed = [event["step"] for event in events[lost:] if event["event"] == "resumed" and "step" in event]
+    assert (stage, resumed[0]) == ("01-sft", step)
+    assert list((killed / "mini").glob("*/checkpoints/.*")) == [], "and in the end it is removed"
+
+
+LOGGED = ("rollout", "rollouts", "learner", "mismatch", "router", "sync", "staleness", "advantage", "groups")
+PHASES = ("rollout", "learner", "sync", "journal", "step")
+
+
+def test_every_step_of_rl_carries_every_metric_that_is_declared(runs: tuple[Path, Path]) -> None:
+    declared = [name for name in METRICS if name.split("/")[0] in LOGGED and name != "learner/kl_ref"]
+    wanted = [*declared, *(f"seconds/{phase}" for phase in PHASES), "reward/mean", "reward/std", "reward/pass_rate"]
+    assert len(declared) > 35
+    for folder in runs:
+        for row in rows(folder / "mini/03-grpo/metrics.jsonl"):
+            logged = {name: value for name, value in row.items() if name != "step"}
+            assert all(isinstance(value, float) for value in logged.values()), logged
+            missing = [name for name in wanted if not any(_is(name, other) for other in logged)]
+            assert missing == [], f"step {row['step']}"
+            assert [name for name in logged if describe_metric(name) is None] == []
+
+
+def _is(declared: str, logged: str) -> bool:
+    """``{i}`` in a declared name stands for anything."""
+    return re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(declared)), logged) is not None
+
+
+def test_engine_and_learner_agree_on_every_sampled_token(runs: tuple[Path, Path]) -> None:
+    """Across kills too: what was sampled before one is scored after it by a learner that was loaded anew."""
+    for folder in runs:
+        steps = rows(folder / "mini/03-grpo/metrics.jsonl")
+        assert max(row["mismatch/mean_abs"] for row in steps) <= 1e-5
+        assert max(row["staleness/max"] for row in steps) == 0
+
+
+def test_a_run_ends_with_its_table_and_its_picture(runs: tuple[Path, Path]) -> None:
+    calm, _ = runs
+    shown = (calm / "shown").read_text()
+    assert "\x1b" not in shown, "it is no terminal"
+    [head] = [line.split() for line in shown.splitlines() if "before" in line and "after" in line]
+    assert head == ["set", "before", "after", "difference"]
+    results = {stage["name"]: stage.get("results") for stage in json.loads(summary(calm))["stages"]}
+    [sampled] = [line for line in shown.splitlines() if line.startswith("short ")]
+    for name in ("before", "after"):
+        assert f"{100 * results[name]['short']['pass_at_1']:.1f}" in sampled
+    picture = calm / "mini/learning_curve.png"
+    assert str(picture) in shown and str(calm / "mini") in shown
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n") and picture.stat().st_size > 10_000
+
+
+def summary(folder: Path) -> str:
+    return (folder / "mini/summary.json").read_text()
+
+
+@pytest.mark.timeout(400)
+def test_a_finished_run_is_evaluated_again_alike_and_only_once(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    calm, _ = runs
+    out = tmp_path / "again"
+    command = [sys.executable, "-m", "pipelines.cli", "eval", str(calm / "mini"), "--json", "--out", str(out)]
+
+    def evaluate() -> tuple[dict[str, Any], dict[Path, tuple[int, bytes]]]:
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(out.glob("*/rollouts/*"))}
+        return json.loads(done.stdout), files  # one object and nothing else, or this fails
+
+    answer, files = evaluate()
+    result = answer["results"]["short"]
+    low, high = result["ci95"]
+    assert (result["n"], result["k"]) == (6, 2) and 0 <= low <= result["pass_at_1"] <= high <= 1
+    assert 0 <= result["greedy"] <= 1
+    [after] = [stage for stage in json.loads(summary(calm))["stages"] if stage["name"] == "after"]
+    assert result == after["results"]["short"], "the model in the run folder is what its last stage evaluated"
+    assert [path.name for path in files] == ["eval-short-greedy.jsonl", "eval-short-sampled.jsonl"]
+
+    assert evaluate() == (answer, files)
 
 
 @pytest.mark.timeout(400)
@@ -102,7 +217,7 @@ def test_a_killed_engine_is_replaced_and_its_problems_are_drawn_again_alike(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     assert run(tmp_path, "engine") == (0, "")
-    events = [json.loads(line) for line in (tmp_path / "mini/events.jsonl").read_text().splitlines()]
+    events = rows(tmp_path / "mini/events.jsonl")
     [lost] = [event for event in events if event["event"] == "rollout_worker_lost"]
     assert lost["redrawn"] >= 2 and "process of this engine is gone" in lost["reason"]
     assert [event["worker"] for event in events if event["event"] == "rollout_worker_ready"][2:] == [lost["worker"]]

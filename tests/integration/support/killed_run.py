@@ -1,24 +1,47 @@
 """``killed_run.py RECIPE DRAWN POINT [override …]`` runs a recipe and kills its own driver (SIGKILL) at a chosen point.
 
-POINT is ``none``, one of ``POINTS``, ``terminate`` (SIGTERM in the middle of the first stage) or ``engine`` (not the
-driver but an engine's process is killed, in the middle of rollouts). DRAWN is a file that gets one line per batch of
-jobs that is really drawn.
+POINT is ``none``, one of ``POINTS``, ``terminate`` (SIGTERM in the middle of the first stage), ``engine`` (not the
+driver but an engine's process is killed, in the middle of rollouts) or ``lost-learner`` (the learner's process is
+killed while it writes a checkpoint). DRAWN is a file that gets one line per batch of jobs that is really drawn. Beside
+it, ``processes`` gets one line per process of the run, as they were when it ended: point, id, start time, name.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 POINTS = ("sft", "evaluation", "rollouts", "learner", "sync", "checkpoint")
+
+
+def descendants(name: str = "") -> list[psutil.Process]:
+    """The processes of this run beside the driver, those whose name contains ``name``."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if name in process.name():
+                found.append(process)
+    return found
+
+
+def list_processes(path: Path, point: str) -> None:
+    """Adds the processes that live now to the file."""
+    with path.open("a") as file:
+        for process in descendants():
+            with suppress(psutil.NoSuchProcess):
+                file.write(f"{point} {process.pid} {process.create_time()!r} {process.name()}\n")
 
 
 def die() -> None:
@@ -41,7 +64,7 @@ def kill_a_busy_engine() -> None:
         if struck or not queue or self._source.update.version != 1:
             return original(self, queue)
         struck = True
-        victim, *others = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()]
+        victim, *others = descendants("EngineCore")
         for engine in (victim, *others):
             engine.suspend()  # so fast are they that the victim might otherwise have no job left
         original(self, queue)
@@ -52,6 +75,41 @@ def kill_a_busy_engine() -> None:
     RolloutPool._dispatch = patched  # type: ignore[method-assign]
 
 
+def kill_a_saving_learner() -> None:
+    """Kills the learner's process in the middle of the first checkpoint, when that is half on the disk."""
+    from pipelines.workers import Workers
+
+    original = Workers._ask_learner
+
+    def strike(learner: psutil.Process, half: Path, saved: threading.Event) -> None:
+        while not saved.is_set():
+            if half.exists():
+                learner.suspend()
+                if half.exists():
+                    learner.kill()
+                else:
+                    learner.resume()
+                return
+            time.sleep(0.0005)
+
+    def patched(self: Workers, method: str, *args: Any, **kwargs: Any) -> Any:
+        if method != "save":
+            return original(self, method, *args, **kwargs)
+        [learner] = descendants("LearnerService")
+        folder = Path(args[0])
+        while True:  # until the blow comes in time
+            saved = threading.Event()
+            half = folder.with_name(f".partial-{folder.name}")
+            threading.Thread(target=strike, args=(learner, half, saved)).start()
+            try:
+                original(self, method, *args, **kwargs)
+            finally:
+                saved.set()
+            shutil.rmtree(folder)
+
+    Workers._ask_learner = patched  # type: ignore[method-assign]
+
+
 def on_call(
     owner: type,
     name: str,
@@ -60,8 +118,12 @@ def on_call(
     delay_s: float | None,
     only: Callable[..., bool] | None = None,
     act: Callable[[], None] = die,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
-    """Acts in the nth matching call: after it (delay None) or that many seconds into it."""
+    """Acts in the nth matching call: after it (delay None) or that many seconds into it.
+
+    ``before`` is called first of all, outside of what is timed.
+    """
     original = getattr(owner, name)
     seen = 0
 
@@ -69,8 +131,10 @@ def on_call(
         nonlocal seen
         if only is None or only(*args, **kwargs):
             seen += 1
-            if seen == nth and delay_s is not None:
-                threading.Timer(delay_s, act).start()
+            if seen == nth:
+                before()
+                if delay_s is not None:
+                    threading.Timer(delay_s, act).start()
         result = original(*args, **kwargs)
         if seen == nth and delay_s is None and (only is None or only(*args, **kwargs)):
             act()
@@ -79,29 +143,37 @@ def on_call(
     setattr(owner, name, patched)
 
 
-def arm(point: str) -> None:
+def arm(point: str, processes: Path) -> None:
     from pipelines.run_dir import Journal
     from pipelines.workers import Workers
+
+    def list_them() -> None:
+        list_processes(processes, point)
 
     def in_folder(part: str) -> Callable[..., bool]:
         return lambda journal, *_: part in str(journal.path)
 
+    # A run that is not killed ends its processes by itself.
+    on_call(Workers, "close", 1, delay_s=None, act=lambda: None, before=list_them)
+    strike = partial(on_call, before=list_them)
     if point == "terminate":
-        on_call(Workers, "sft_step", 3, delay_s=0.01, act=end_politely)
+        strike(Workers, "sft_step", 3, delay_s=0.01, act=end_politely)
     elif point == "engine":
         kill_a_busy_engine()
+    elif point == "lost-learner":
+        kill_a_saving_learner()
     elif point == "sft":
-        on_call(Workers, "sft_step", 5, delay_s=0.01)
+        strike(Workers, "sft_step", 5, delay_s=0.01)
     elif point == "evaluation":
-        on_call(Journal, "append", 3, delay_s=None, only=in_folder("02-eval"))
+        strike(Journal, "append", 3, delay_s=None, only=in_folder("02-eval"))
     elif point == "rollouts":
-        on_call(Journal, "append", 7, delay_s=None, only=in_folder("03-grpo"))
+        strike(Journal, "append", 7, delay_s=None, only=in_folder("03-grpo"))
     elif point == "learner":
-        on_call(Workers, "learner_step", 1, delay_s=0.02)
+        strike(Workers, "learner_step", 1, delay_s=0.02)
     elif point == "sync":
-        on_call(Workers, "sync_weights", 2, delay_s=0.02)
+        strike(Workers, "sync_weights", 2, delay_s=0.02)
     elif point == "checkpoint":
-        on_call(Workers, "checkpoint", 2, delay_s=0.01)
+        strike(Workers, "checkpoint", 2, delay_s=0.01)
     else:
         assert point == "none", point
 
@@ -123,7 +195,7 @@ def count_draws(path: Path) -> None:
 def main() -> None:
     recipe, drawn, point, *overrides = sys.argv[1:]
     count_draws(Path(drawn))
-    arm(point)
+    arm(point, Path(drawn).with_name("processes"))
     from pipelines.cli import main as r1
 
     sys.exit(r1(["run", recipe, *overrides]))
