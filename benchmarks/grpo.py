@@ -69,7 +69,7 @@ def workloads(options: Options) -> tuple[Workload, ...]:
         ),
         Workload(
             key="grpo-ragged", title=f"GRPO step, {ragged * GROUP_SIZE} samples, ragged up to {limit} tokens",
-            problems=ragged, max_tokens=limit, rounds=pick(2, 1), warmup=0, micro_batch=32, goal=5.0,
+            problems=ragged, max_tokens=limit, rounds=1, warmup=0, micro_batch=32, goal=5.0,
         ),
     )  # fmt: skip
 

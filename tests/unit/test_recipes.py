@@ -73,8 +73,8 @@ def test_no_held_out_problem_is_trained_on(loaded: Loaded) -> None:
     assert checked == 40_000
 
 
-def test_the_two_training_stages_ask_for_the_kinds_of_problems_that_are_judged(loaded: Loaded) -> None:
-    """And for the longest of them in neither: that set shows what carries over."""
+def test_the_training_stages_ask_for_the_kinds_of_problems_that_are_judged(loaded: Loaded) -> None:
+    """Of the longest of them in no stage: that set shows what carries over. RL of r1-tiny leaves out the hard ones."""
     recipe, problems = loaded
     before = evaluations(recipe)[0]
     lengths = {item.name: {_terms(p.prompt) for p in problems.heldout(item)} for item in before.sets}
@@ -82,7 +82,8 @@ def test_the_two_training_stages_ask_for_the_kinds_of_problems_that_are_judged(l
     for stage in recipe.stages:
         if isinstance(stage, SftStage | GrpoStage):
             trained = {_terms(p.prompt) for p in problems.training(stage.data)}
-            assert {3, 4, 5} <= trained and max(trained) == 5, stage.name
+            wanted = {3, 4} if recipe.name == "r1-tiny" and isinstance(stage, GrpoStage) else {3, 4, 5}
+            assert wanted <= trained and max(trained) == max(wanted), stage.name
 
 
 def test_a_held_out_problem_would_be_missed_if_it_were_there(loaded: Loaded) -> None:
