@@ -71,7 +71,7 @@ def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limi
 
     Metrics, all but ``boxes`` 0 or 1: ``answered`` (an answer was found), ``boxes`` (how many were written after the
     thinking: spraying shows), ``refused`` (too long, deep or large to parse), ``gave_up`` (``limit_s`` ran out),
-    ``unparsed`` (it is neither words nor anything that a parser knows).
+    ``unparsed`` (it is neither words nor anything that a parser knows), ``raised`` (a parser failed on it).
 
     Args:
         bare: without a box and without tags, the last formula or number counts.
@@ -91,6 +91,7 @@ def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limi
         "refused": 0.0,
         "gave_up": 0.0,
         "unparsed": 0.0,
+        "raised": 0.0,
     }
     if not answer:
         return Score(value=0.0, metrics=metrics)
@@ -99,12 +100,10 @@ def accuracy(problem: Problem, reasoning: Reasoning, *, bare: bool = False, limi
         return Score(value=0.0, metrics={**metrics, "refused": 1.0})
     if quick is None:
         try:
-            quick, read = _calls.call(compared, gold, answer, timeout_s=limit_s)
+            quick, read, raised = _calls.call(compared, gold, answer, timeout_s=limit_s)
         except Overrun:
             return Score(value=0.0, metrics={**metrics, "gave_up": 1.0})
-        except Exception:  # whatever a parser makes of a model's text, the model gets its zero
-            quick, read = False, False
-        metrics["unparsed"] = float(not read)
+        metrics |= {"unparsed": float(not read), "raised": float(raised)}
     return Score(value=float(quick), metrics=metrics)
 
 
@@ -122,14 +121,15 @@ def quick_equal(gold: str, answer: str) -> bool | None:
     return None if a is None or b is None else same_number(a, b)
 
 
-def compared(gold: str, answer: str) -> tuple[bool, bool]:
-    """Whether two answers are equal, and whether this one could be read; however long that takes.
+def compared(gold: str, answer: str) -> tuple[bool, bool, bool]:
+    """Whether two answers are equal, whether this one could be read, and whether a parser raised instead of telling.
 
-    Call it under a deadline. What it raises is up to the parsers.
+    Call it under a deadline: it may take for ever.
     """
-    if equal(gold, answer):
-        return True, True
-    return False, is_readable(answer, parsed)
+    try:
+        return (True, True, False) if equal(gold, answer) else (False, is_readable(answer, parsed), False)
+    except Exception:  # what parsers make of a model's text: the model gets its zero, and it is counted apart
+        return False, False, True
 
 
 def equal(gold: str, answer: str) -> bool:

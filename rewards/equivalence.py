@@ -229,7 +229,7 @@ def _same_parts(gold: str, answer: str, leaf: Leaf) -> bool | None:
     if {left.brackets, right.brackets} - {"", "{}"} and not _fit(left.brackets, right.brackets):
         return False
     if left.ordered or right.ordered:
-        return all(_same_item(a, b, leaf) for a, b in zip(left.items, right.items, strict=True))
+        return all(_same(a, b, leaf) for a, b in zip(left.items, right.items, strict=True))
     return _matched(left.items, right.items, leaf)
 
 
@@ -273,15 +273,11 @@ def _as_decimal(parts: Parts, whole: str) -> bool:
     return number is not None and other is not None and same_number(number, other)
 
 
-def _same_item(gold: str, answer: str, leaf: Leaf) -> bool:
-    return _same(gold, answer, leaf)
-
-
 def _matched(left: Sequence[str], right: Sequence[str], leaf: Leaf) -> bool:
     """Each item of one side agrees with its own one of the other."""
     rest = list(right)
     for item in left:
-        found = next((i for i, other in enumerate(rest) if _same_item(item, other, leaf)), None)
+        found = next((i for i, other in enumerate(rest) if _same(item, other, leaf)), None)
         if found is None:
             return False
         del rest[found]

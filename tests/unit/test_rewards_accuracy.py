@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rewards.accuracy import accuracy, boxed, final_answer, normalised, quick_equal
+from rewards.accuracy import accuracy, boxed, compared, final_answer, normalised, quick_equal
 from rollout.template import split_reasoning
 from rollout.types import Problem
 
@@ -85,7 +85,14 @@ def test_the_rest_is_left_to_math_verify(gold, answer, expected):
 
 
 def test_the_metrics_tell_what_happened():
-    assert judge("1", "t").metrics == {"answered": 0.0, "boxes": 0.0, "refused": 0.0, "gave_up": 0.0, "unparsed": 0.0}
+    assert judge("1", "t").metrics == {
+        "answered": 0.0,
+        "boxes": 0.0,
+        "refused": 0.0,
+        "gave_up": 0.0,
+        "unparsed": 0.0,
+        "raised": 0.0,
+    }
     assert judge("1", "t</think>\\boxed{2}\\boxed{1}").metrics["boxes"] == 2.0
     assert judge("1", "\\boxed{1}\\boxed{1}</think>\\boxed{2}").metrics["boxes"] == 1.0
 
@@ -113,8 +120,17 @@ def test_whatever_a_parser_raises_the_model_gets_its_zero(monkeypatch):
     def broken(*arguments, **options):
         raise KeyError("a bug of a parser")
 
-    monkeypatch.setattr("rewards.accuracy._calls.call", broken)
-    assert judge("x+1", "t</think>\\boxed{1+x}").value == 0.0
+    monkeypatch.setattr("rewards.accuracy.equal", broken)
+    assert compared("x+1", "1+x") == (False, False, True)
+
+
+def test_a_comparison_that_cannot_be_started_is_an_error_and_no_zero(monkeypatch):
+    def no_process(*arguments, **options):
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr("rewards.accuracy._calls.call", no_process)
+    with pytest.raises(BlockingIOError):
+        judge("x+1", "t</think>\\boxed{1+x}")
 
 
 def test_a_gold_answer_that_is_missing_or_unreadable_is_an_error():
