@@ -1,6 +1,6 @@
 """Answers/s of the verifier pool, one worker process, against math-verify in one process; what bombs leave of it.
 
-Real answers where R1_DATA names a folder with cases/math_answers, made-up ones elsewhere; the notes say which.
+Real answers where a folder ``cases`` lies beside the one that R1_DATA names, made-up ones elsewhere; the notes say.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def competition(options: Options) -> tuple[list[Pair], str]:
 
 
 def _real(name: str) -> tuple[list[Pair], str] | None:
-    path = Path(os.environ.get("R1_DATA", "")) / "cases" / "math_answers" / name
-    if "R1_DATA" not in os.environ or not path.is_file():
+    if "R1_DATA" not in os.environ:
+        return None
+    path = Path(os.environ["R1_DATA"]).resolve().parent / "cases" / "math_answers" / name
+    if not path.is_file():
         return None
     rows = list(read_cases(path))
     bare = [str(r["prediction"]) if r.get("kind") == "completion" else f"\\boxed{{{r['prediction']}}}" for r in rows]

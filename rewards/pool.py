@@ -3,7 +3,9 @@
 One thread (the keeper) hands jobs to workers, collects results, and watches the deadlines: consumes submitted jobs and
 workers' messages, waits for whichever comes first (a message, a new job, the nearest deadline), produces futures.
 A call that overruns its deadline is the only one that fails: its worker is killed with all its children, a new one is
-forked, and the other calls of the job go on there. So it is with a call that takes its process down.
+forked, and the other calls go on there. So it is with a call that takes its process down.
+
+Jobs that take less time than their way to a worker and back travel several at a time.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from multiprocessing.connection import Connection, wait
 from rewards.base import RewardConfig
 from rewards.nursery import Nursery, WorkerProcess
 from rewards.processes import resident_bytes
-from rewards.worker import Call, Failure, Outcome, Results, Setup, read_progress
+from rewards.worker import Call, Failure, Outcome, Packet, Results, Setup, read_progress
 from rollout.types import RolloutGroup
 
 # A worker is replaced after so many jobs, so that what a function caches cannot grow for days.
 JOBS_PER_WORKER = 5_000
 _MEMORY_EVERY_S = 0.05
+# As many jobs are handed out at a time as a worker has done in so many seconds of late, and at most so many.
+_PACKET_S, _PACKET_JOBS = 0.01, 32
 _GIB = 1 << 30
 
 
@@ -48,9 +52,21 @@ class _Job:
 
 @dataclass
 class _Worker:
+    """A process and what it was handed.
+
+    Attributes:
+        jobs: those that it works on.
+        calls: theirs, by the number under which the process knows them: the job, and the call's number in it.
+        handed_at: when, seconds.
+        looked_at: when its memory was last looked at.
+    """
+
     process: WorkerProcess
-    job: _Job | None = None
+    jobs: list[_Job] = field(default_factory=list)
+    calls: list[tuple[_Job, int]] = field(default_factory=list)
     jobs_done: int = 0
+    handed_at: float = 0.0
+    looked_at: float = 0.0
 
     @property
     def connection(self) -> Connection:
@@ -59,6 +75,23 @@ class _Worker:
     def progress(self) -> tuple[int, int]:
         """(call number, start in ns) of the call that it is in; start 0 between calls."""
         return read_progress(self.process.page)
+
+    def take(self, jobs: list[_Job]) -> Packet:
+        """Notes what is handed out now, and returns it as it is sent."""
+        self.jobs, self.calls = jobs, []
+        packet: Packet = []
+        for job in jobs:
+            numbered = []
+            for number, call in job.left():
+                numbered.append((len(self.calls), call))
+                self.calls.append((job, number))
+            packet.append((job.group, numbered))
+        self.handed_at = time.monotonic()
+        return packet
+
+    def first_left(self) -> int | None:
+        """Number of the first call without an outcome."""
+        return next((each for each, (job, number) in enumerate(self.calls) if number not in job.outcomes), None)
 
 
 class RewardPool:
@@ -94,6 +127,7 @@ class RewardPool:
         self._loaded: Future[tuple[bool, ...]] = Future()
         self._deadlines: tuple[float, ...] = ()
         self._memory_due = 0.0
+        self._job_s = 1.0  # seconds of one job, a running mean
         self._closing = False
         self._broken: Exception | None = None
         self._wake_read, self._wake_write = os.pipe()
@@ -186,18 +220,20 @@ class RewardPool:
             os.read(self._wake_read, 4096)
 
     def _hand_out(self) -> None:
-        idle = [worker for worker in self._workers if worker.job is None]
+        idle = [worker for worker in self._workers if not worker.jobs]
         while self._waiting and (idle or len(self._workers) < self._processes):
             worker = idle.pop() if idle else self._fork()
             with self._lock:
-                worker.job = self._waiting.popleft()
-            worker.job.calls = worker.job.calls or self._calls_of(worker.job.group)
+                fair = -(-len(self._waiting) // self._processes)  # the others are idle, or soon will be
+                count = max(1, min(fair, _PACKET_JOBS, int(_PACKET_S / self._job_s)))
+                jobs = [self._waiting.popleft() for _ in range(count)]
+            for job in jobs:
+                job.calls = job.calls or self._calls_of(job.group)
             try:
-                worker.connection.send((worker.job.group, worker.job.left()))
+                worker.connection.send(worker.take(jobs))
             except OSError:  # it died while it was idle: nobody's call is to blame
-                job = worker.job
                 self._end(worker)
-                self._settle(job)
+                self._settle(jobs)
 
     def _calls_of(self, group: RolloutGroup) -> tuple[Call, ...]:
         return tuple(
@@ -212,7 +248,7 @@ class RewardPool:
         return worker
 
     def _collect(self) -> None:
-        busy = {worker.connection: worker for worker in self._workers if worker.job is not None}
+        busy = {worker.connection: worker for worker in self._workers if worker.jobs}
         for source in wait([self._wake_read, self._nursery.control, *busy], self._patience()):
             if source == self._wake_read:
                 os.read(self._wake_read, 4096)
@@ -228,35 +264,45 @@ class RewardPool:
         except (EOFError, OSError):
             self._bury(worker)
             return
-        job = worker.job
-        assert job is not None
-        self._take(job, results)
+        self._take(worker, results)
         if finished:
-            worker.job = None
-            worker.jobs_done += 1
-            if worker.jobs_done >= JOBS_PER_WORKER or self._held(worker) > self._memory / 2:
-                self._end(worker)  # what is kept from call to call must not grow until an innocent call pays for it
-            self._settle(job)
+            jobs, worker.jobs, worker.calls = worker.jobs, [], []
+            worker.jobs_done += len(jobs)
+            self._job_s += ((time.monotonic() - worker.handed_at) / len(jobs) - self._job_s) / 4
+            if worker.jobs_done >= JOBS_PER_WORKER or self._hoards(worker):
+                self._end(worker)
+            self._settle(jobs)
 
-    def _take(self, job: _Job, results: Results) -> None:
-        for number, outcome in results:
-            failed = any(isinstance(each, Failure) for each in outcome)
+    def _hoards(self, worker: _Worker) -> bool:
+        """What is kept from call to call must not grow until an innocent call pays for it."""
+        now = time.monotonic()
+        if now - worker.looked_at < _MEMORY_EVERY_S:
+            return False
+        worker.looked_at = now
+        return self._held(worker) > self._memory / 2
+
+    def _take(self, worker: _Worker, results: Results) -> None:
+        for each, outcome in results:
+            job, number = worker.calls[each]
+            failed = any(isinstance(result, Failure) for result in outcome)
             job.failures[number] += failed
             retries = self._configs[job.calls[number].function].retries
             if not failed or job.failures[number] > retries:
                 job.outcomes[number] = outcome
 
-    def _settle(self, job: _Job) -> None:
-        """Answers a job that has every outcome; one with calls to repeat goes back to the front."""
-        if job.left():
-            with self._lock:
-                self._waiting.appendleft(job)
-        else:
-            job.future.set_result([job.outcomes[number] for number in range(len(job.calls))])
+    def _settle(self, jobs: Sequence[_Job]) -> None:
+        """Answers jobs that have every outcome; those with calls to repeat go back to the front, in their order."""
+        for job in reversed(jobs):
+            if job.left():
+                with self._lock:
+                    self._waiting.appendleft(job)
+        for job in jobs:
+            if not job.left():
+                job.future.set_result([job.outcomes[number] for number in range(len(job.calls))])
 
     def _patience(self) -> float | None:
         """Seconds until a deadline may pass; None while nothing runs."""
-        busy = [worker for worker in self._workers if worker.job is not None]
+        busy = [worker for worker in self._workers if worker.jobs]
         if not busy:
             return None
         remaining = [overrun[1] for worker in busy if (overrun := self._overrun(worker)) is not None]
@@ -265,24 +311,25 @@ class RewardPool:
 
     def _overrun(self, worker: _Worker) -> tuple[int, float] | None:
         """(call number, seconds left) of the call that a worker is in; None between calls."""
-        assert worker.job is not None
-        number, start = worker.progress()
+        each, start = worker.progress()
         if not start:
             return None
-        deadline = self._deadlines[worker.job.calls[number].function]
-        return number, deadline - (time.monotonic_ns() - start) / 1e9
+        return each, self._deadlines[self._function(worker, each)] - (time.monotonic_ns() - start) / 1e9
+
+    def _function(self, worker: _Worker, each: int) -> int:
+        job, number = worker.calls[each]
+        return job.calls[number].function
 
     def _enforce_deadlines(self) -> None:
-        for worker in [worker for worker in self._workers if worker.job is not None]:
+        for worker in [worker for worker in self._workers if worker.jobs]:
             overrun = self._overrun(worker)
             if overrun is None or overrun[1] > 0:
                 continue
-            job, number = worker.job, overrun[0]
-            assert job is not None
             stack = worker.process.stack()
             self._end(worker)
-            timeout_s = self._configs[job.calls[number].function].timeout_s
-            self._fail(job, number, Failure(f"timeout: no result after {timeout_s:g} s, process killed", stack))
+            timeout_s = self._configs[self._function(worker, overrun[0])].timeout_s
+            failure = Failure(f"timeout: no result after {timeout_s:g} s, process killed", stack)
+            self._fail(worker, overrun[0], failure)
 
     def _enforce_memory(self) -> None:
         """Ends the workers that hold too much. Watched from here: a limit inside would also stop innocent imports."""
@@ -290,56 +337,53 @@ class RewardPool:
         if now < self._memory_due:
             return
         self._memory_due = now + _MEMORY_EVERY_S
-        for worker in [worker for worker in self._workers if worker.job is not None]:
+        for worker in [worker for worker in self._workers if worker.jobs]:
             held = self._held(worker)
             if held <= self._memory:
                 continue
-            job, (number, start) = worker.job, worker.progress()
-            assert job is not None
+            each, start = worker.progress()
             stack = worker.process.stack() if start else ""
             self._end(worker)
             text = (
                 f"the process held {held / _GIB:.1f} GiB, more than memory_gib {self._memory / _GIB:g}, and was killed"
             )
-            self._fail(job, self._blamed(job, number, start), Failure(f"memory: {text}", stack))
+            self._fail(worker, each if start else worker.first_left(), Failure(f"memory: {text}", stack))
 
     def _held(self, worker: _Worker) -> int:
         """Bytes that a worker and what it started hold beyond the imported functions."""
         return resident_bytes(worker.process.pid, apart=self._loaded_bytes)
 
-    def _blamed(self, job: _Job, number: int, start: int) -> int | None:
-        """The call that a worker was in; between calls the first one left, or the job would come back for ever."""
-        return number if start else next((each for each, _ in job.left()), None)
-
     def _bury(self, worker: _Worker) -> None:
         """A worker died by itself: the call that it was in has failed, the others go on elsewhere."""
-        job = worker.job
-        assert job is not None
-        number, start = worker.progress()
+        each, start = worker.progress()
         how = self._end(worker, died=True)
-        self._fail(job, self._blamed(job, number, start), Failure(f"crash: the process of the reward function {how}"))
+        # Between calls the first one left is to blame, or it would come back for ever.
+        blamed = each if start else worker.first_left()
+        self._fail(worker, blamed, Failure(f"crash: the process of the reward function {how}"))
 
-    def _fail(self, job: _Job, number: int | None, failure: Failure) -> None:
-        """One call of a job failed, unless its result arrived after all; the rest goes on."""
-        if number is not None and number not in job.outcomes:
-            width = len(job.group.rollouts) if job.calls[number].rollout is None else 1
-            self._take(job, [(number, [failure] * width)])
-        self._settle(job)
+    def _fail(self, worker: _Worker, each: int | None, failure: Failure) -> None:
+        """One call of an ended worker failed, unless its result arrived after all; the rest goes on elsewhere."""
+        if each is not None:
+            job, number = worker.calls[each]
+            if number not in job.outcomes:
+                width = len(job.group.rollouts) if job.calls[number].rollout is None else 1
+                self._take(worker, [(each, [failure] * width)])
+        self._settle(worker.jobs)
 
     def _end(self, worker: _Worker, *, died: bool = False) -> str:
         """Kills a worker with all that it started, and keeps what it had sent already; says how it ended if it died."""
         self._workers.remove(worker)
         how = self._nursery.autopsy(worker.process.pid) if died else str(self._nursery.end(worker.process.pid))
         with contextlib.suppress(EOFError, OSError):
-            while worker.job is not None and worker.connection.poll():
-                self._take(worker.job, worker.connection.recv()[1])
+            while worker.jobs and worker.connection.poll():
+                self._take(worker, worker.connection.recv()[1])
         worker.process.close()
         return how
 
     def _shut_down(self, error: Exception) -> None:
         with self._lock:
             self._broken = error
-            jobs = [*self._waiting, *(worker.job for worker in self._workers if worker.job is not None)]
+            jobs = [*self._waiting, *(job for worker in self._workers for job in worker.jobs)]
             self._waiting.clear()
         for worker in self._workers:
             worker.process.close()

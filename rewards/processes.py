@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -57,6 +58,29 @@ def resident_bytes(pid: int, *, apart: int = 0) -> int:
     return sum(max(0, size - apart) for size in sizes)
 
 
+def tree(pid: int) -> list[int]:
+    """A process and all below it, zombies included."""
+    pids = [pid]
+    for each in pids:
+        pids += children(each)
+    return pids
+
+
+def held_bytes(pids: Sequence[int], enough: int) -> int:
+    """Bytes of memory of some processes; what they share counts once where it would be more than ``enough``."""
+    memory = sum(map(_resident, pids))
+    return sum(map(_proportional, pids)) if memory > enough else memory
+
+
+def waited_for_a_core(pids: Sequence[int]) -> float:
+    """Seconds that the process which waited most was ready to run and did not; 0 where the kernel does not tell."""
+    waited = [0.0]
+    for each in pids:
+        with contextlib.suppress(OSError, IndexError):
+            waited.append(int(Path(f"/proc/{each}/schedstat").read_text().split()[1]) / 1e9)
+    return max(waited)
+
+
 def end_tree(pid: int) -> None:
     """Kills a child of this process with everything that it started; it is still to be reaped.
 
@@ -86,4 +110,12 @@ def alive(pid: int) -> bool:
 def _resident(pid: int) -> int:
     with contextlib.suppress(OSError, IndexError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    return 0
+
+
+def _proportional(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
     return 0

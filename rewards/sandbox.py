@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rewards.isolation import Isolation, clean_environment
+from rewards.processes import held_bytes, tree, waited_for_a_core
 from rewards.seccomp import seccomp_filter
 
 _SAMPLE_S = 0.05
@@ -58,8 +59,9 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        test_s: seconds of one test (one assert, one check function, one input), and of loading the program, > 0.
-        total_s: seconds of all tests of a program, > 0.
+        test_s: seconds of one test (one assert, one check function, one input), and of loading the program, > 0. Time
+            in which the program was ready to run and others had the cores does not count, within ``total_s``.
+        total_s: seconds of all tests of a program, > 0; by the clock.
         memory: bytes of address space of each process, and bytes of memory of all of them.
         disk: bytes of the file system in memory.
         file: bytes of one file.
@@ -192,6 +194,7 @@ class Sandbox:
     def begin_test(self) -> None:
         """The time of one test begins."""
         self._deadline = min(self._end, time.monotonic() + self._limits.test_s)
+        self._waited: float | None = None  # for a core, before this test; read when a test takes long enough to matter
 
     def ask(self, operation: str, *details: Any) -> Any:
         """One question, answered with a plain value or a Handle.
@@ -295,14 +298,28 @@ class Sandbox:
         poll.register(fd, event)
         pause = 0.02
         while not poll.poll(1000 * max(0.0, min(pause, self._deadline - time.monotonic()))):
-            if time.monotonic() >= self._deadline:
+            pids = tree(self.process.pid)
+            if time.monotonic() >= self._deadline and not self._extended(pids):
                 raise self._finish(Status.TIMEOUT, "no answer in time")
             pause = _SAMPLE_S
-            memory, processes = _usage(self.process.pid, self._limits.memory)
+            memory = held_bytes(pids, self._limits.memory)
             if memory > self._limits.memory:
                 raise self._finish(Status.MEMORY_LIMIT, f"its processes held {memory >> 20} MiB together")
-            if processes > 2 * self._limits.processes:
-                raise self._finish(Status.RUNTIME_ERROR, f"it had {processes} processes")
+            if len(pids) > 2 * self._limits.processes:
+                raise self._finish(Status.RUNTIME_ERROR, f"it had {len(pids)} processes")
+            if self._waited is None:
+                self._waited = waited_for_a_core(pids)
+
+    def _extended(self, pids: list[int]) -> bool:
+        """Moves the deadline by the time in which others had the cores; False when there was none, or no time is left.
+
+        A right program on an overloaded machine would otherwise be a wrong one.
+        """
+        waited = waited_for_a_core(pids)
+        extra = waited - (waited if self._waited is None else self._waited)
+        before, self._waited = self._deadline, waited
+        self._deadline = min(self._end, self._deadline + extra)
+        return self._deadline - before > _SAMPLE_S
 
     def _lost(self) -> SandboxEnded:
         """The channel closed: the program ended, or ends now."""
@@ -361,26 +378,6 @@ _KINDS: dict[str, Callable[[Any, int], Any]] = {
     "reference": lambda body, depth: Handle(int(body[0]), str(body[1])),
     "array": _numpy_array,
 }
-
-
-def _usage(pid: int, enough: int) -> tuple[int, int]:
-    """(bytes of memory, number) of a process and all below it; shared memory counts once when it would be too much."""
-    pids, memory = [pid], 0
-    for each in pids:
-        with contextlib.suppress(OSError):
-            threads = os.listdir(f"/proc/{each}/task")
-            for thread in threads:
-                pids += map(int, Path(f"/proc/{each}/task/{thread}/children").read_text().split())
-            memory += int(Path(f"/proc/{each}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return (sum(map(_proportional, pids)) if memory > enough else memory), len(pids)
-
-
-def _proportional(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _kill_user(uid: int) -> None:

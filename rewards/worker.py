@@ -74,6 +74,8 @@ class Failure:
 # Per call: one score or failure per rollout that it covers.
 Outcome = list[Score | Failure]
 Results = list[tuple[int, Outcome]]
+Packet = list[tuple[RolloutGroup, list[tuple[int, Call]]]]
+"""What a worker is handed at a time: groups with their calls, numbered through."""
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -171,24 +173,23 @@ def _serve(connection: Connection, progress: mmap.mmap, functions: Sequence[Boun
     pid, fd = os.getpid(), connection.fileno()
     opened = os.fstat(fd)
     while True:
-        calls: list[tuple[int, Call]]
-        group: RolloutGroup
-        group, calls = connection.recv()
+        packet: Packet = connection.recv()
         results: Results = []
         flushed = time.monotonic()
-        for number, call in calls:
-            _note(progress, number, time.monotonic_ns())
-            outcome = _run(functions[call.function], group, call.rollout, forced_think)
-            if os.getpid() != pid:
-                os._exit(0)  # a child that the function forked came back here: only the worker itself answers
-            if not _is_open(fd, opened):
-                os._exit(LOST_CONNECTION)  # while the note still says whose call it was
-            _note(progress, number, 0)
-            results.append((number, outcome))
-            if time.monotonic() - flushed > FLUSH_S:
-                # What was slow to compute must not be lost, or paid for twice, when a later call is killed.
-                connection.send((False, results))
-                results, flushed = [], time.monotonic()
+        for group, calls in packet:
+            for number, call in calls:
+                _note(progress, number, time.monotonic_ns())
+                outcome = _run(functions[call.function], group, call.rollout, forced_think)
+                if os.getpid() != pid:
+                    os._exit(0)  # a child that the function forked came back here: only the worker itself answers
+                if not _is_open(fd, opened):
+                    os._exit(LOST_CONNECTION)  # while the note still says whose call it was
+                _note(progress, number, 0)
+                results.append((number, outcome))
+                if time.monotonic() - flushed > FLUSH_S:
+                    # What was slow to compute must not be lost, or paid for twice, when a later call is killed.
+                    connection.send((False, results))
+                    results, flushed = [], time.monotonic()
         connection.send((True, results))
 
 

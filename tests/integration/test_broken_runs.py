@@ -18,8 +18,10 @@ SUPPORT = Path(__file__).parent / "support"
 ROOT = Path(__file__).parents[2]
 
 
-def recipe() -> dict[str, Any]:
-    return yaml.safe_load((SUPPORT / "mini.yaml").read_text())
+def recipe(**engine: Any) -> dict[str, Any]:
+    content = yaml.safe_load((SUPPORT / "mini.yaml").read_text())
+    content["engine"].update(engine)
+    return content
 
 
 def r1(folder: Path, content: dict[str, Any], *more: str, path: Sequence[Path] = ()) -> tuple[int, str, str]:
@@ -112,7 +114,7 @@ def picky(completion, problem):
 
 def test_a_reward_that_raises_stops_at_the_step_with_its_own_words(tmp_path: Path) -> None:
     (tmp_path / "my_rewards.py").write_text(RAISES)
-    content = recipe()
+    content = recipe(workers=1)
     content["stages"] = [content["stages"][2]]
     content["stages"][0]["rewards"] = {"functions": [{"path": f"{tmp_path / 'my_rewards.py'}:picky"}]}
     status, line, everything = r1(tmp_path, content)
@@ -144,7 +146,7 @@ start.process_environment = process_environment
 def test_without_the_expert_mend_the_run_stops_at_its_first_sync(tmp_path: Path) -> None:
     """Every process of the run loses the mend as it starts, as if it had never been written."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_REPACK)
-    content = recipe()
+    content = recipe(workers=1)
     content["stages"] = [content["stages"][2]]
     status, line, everything = r1(tmp_path, content, path=[tmp_path])
     assert status == 1 and everything == line + "\n", everything

@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
     lose_the_learner(killed)
     for point in POINTS:
         assert run(killed, point)[0] == -signal.SIGKILL, f"the run was not killed at {point}"
-    assert run(killed, "none") == (0, "")
+    assert run(killed, "engine") == (0, ""), "and to its end, with a new engine in the place of a killed one"
     yield calm, killed
 
 
@@ -110,7 +110,7 @@ def test_each_step_is_logged_once_and_every_stage_is_done(runs: tuple[Path, Path
 
 def test_no_process_outlives_its_run(runs: tuple[Path, Path]) -> None:
     listed = [line.split(maxsplit=3) for folder in runs for line in (folder / "processes").read_text().splitlines()]
-    assert {point for point, *_ in listed} == {"none", "terminate", "lost-learner", *POINTS}
+    assert {point for point, *_ in listed} == {"none", "terminate", "lost-learner", "engine", *POINTS}
     names = {name for point, _, _, name in listed if point == "rollouts"}
     for part in ("raylet", "ray::LearnerService", "ray::RolloutService", "EngineCore"):
         assert any(part in name for name in names), f"{part} is not among {names}"
@@ -215,14 +215,10 @@ def test_a_finished_run_is_evaluated_again_alike_and_only_once(runs: tuple[Path,
     assert evaluate() == (answer, files)
 
 
-@pytest.mark.timeout(400)
-def test_a_killed_engine_is_replaced_and_its_problems_are_drawn_again_alike(
-    runs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    assert run(tmp_path, "engine") == (0, "")
-    events = rows(tmp_path / "mini/events.jsonl")
-    [lost] = [event for event in events if event["event"] == "rollout_worker_lost"]
-    assert lost["redrawn"] >= 2 and "process of this engine is gone" in lost["reason"]
-    assert [event["worker"] for event in events if event["event"] == "rollout_worker_ready"][2:] == [lost["worker"]]
-    assert rollouts(tmp_path) == rollouts(runs[0])
-    assert weights(tmp_path, "03-grpo") == weights(runs[0], "03-grpo")
+def test_a_killed_engine_is_replaced_and_its_problems_are_drawn_again(runs: tuple[Path, Path]) -> None:
+    """That they are drawn alike is what the comparisons of all rollouts and weights above show."""
+    events = rows(runs[1] / "mini/events.jsonl")
+    [at] = [i for i, event in enumerate(events) if event["event"] == "rollout_worker_lost"]
+    assert events[at]["redrawn"] >= 2 and "process of this engine is gone" in events[at]["reason"]
+    ready = [event["worker"] for event in events[at:] if event["event"] == "rollout_worker_ready"]
+    assert ready == [events[at]["worker"]]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -18,9 +19,11 @@ from pipelines.actors import RayHandle, settle
 from pipelines.resources import actor
 from pipelines.workers import LearnerDied, Workers
 from policy.config import ModelConfig
+from rewards.rubric import RubricConfig
 from rollout.engine import EngineDied, GenerateRequest
 from rollout.types import SamplingParams
-from tests.integration.support.services import WatchedLearner, WatchedRollouts, refusing, scripted
+from tests.integration.support.services import Judge, WatchedLearner, WatchedRollouts, refusing, scripted
+from tests.unit.reward_groups import group, reward
 
 PARAMS = SamplingParams(max_tokens=8)
 SOON = 100  # seconds; an actor's process starts within two on an idle machine
@@ -143,3 +146,24 @@ def test_a_learner_that_is_killed_is_lost_and_the_mend_is_named(learner: RayHand
         "the learner was lost while it was asked to save: its process is gone (killed, or the machine is out of "
         "memory); run the same command, it goes on from the last checkpoint"
     )
+
+
+def test_a_rubric_in_an_actor_outlives_its_bombs_and_does_not_outlive_the_actor() -> None:
+    functions = (reward("sleeps_on_first", timeout_s=1.0), reward("dies_always", timeout_s=5.0), reward("length"))
+    config = RubricConfig(functions=functions, processes=2, max_error_rate=1.0)
+    judge = ray.remote(Judge).remote(config)
+    for _ in range(2):  # after any number of bombs the next right answer is right
+        scored = ray.get(judge.score.remote([group(3, number=n) for n in range(2)]), timeout=SOON)
+        for each in scored:
+            first, *others = each.rollouts
+            assert first.errors["sleeps_on_first"].startswith("timeout: ")
+            assert [rollout.scores["sleeps_on_first"] for rollout in others] == [1.0, 1.0]
+            assert all(rollout.errors["dies_always"].startswith("crash: ") for rollout in each.rollouts)
+            assert [rollout.scores["length"] for rollout in each.rollouts] == [1.0, 2.0, 3.0]
+    below = ray.get(judge.processes.remote(), timeout=SOON)
+    assert len(below) >= 2
+    ray.kill(judge)
+    deadline = time.monotonic() + SOON
+    while any(psutil.pid_exists(pid) for pid in below):
+        assert time.monotonic() < deadline, "processes of the pool outlive the actor"
+        time.sleep(0.05)

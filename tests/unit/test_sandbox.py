@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from rewards.code_tasks import Task
-from rewards.isolation import LEVELS, TooWeak
+from rewards.isolation import LEVELS, TooWeak, isolate
+from rewards.judge import judge
 from rewards.probe import Probe, require
+from rewards.processes import waited_for_a_core
 from rewards.sandbox import Limits
 from tests.unit.sandbox_programs import ADD, SUMS, levels, machine, verdict
 
@@ -327,3 +329,31 @@ def test_counting_goes_on_after_a_program_died():
     dies = "import os\ndef add(a, b):\n    if a == 2: os._exit(0)\n    return a + b"
     found = verdict(dies, ADD, stop_early=False)
     assert (found.status, found.tests, found.passed) == ("runtime_error", 2, 1)
+
+
+@pytest.mark.parametrize(("others_had_the_core_s", "status"), [(0.0, "timeout"), (0.9, "passed"), (9.0, "passed")])
+def test_time_in_which_others_had_the_core_does_not_count(others_had_the_core_s, status, monkeypatch):
+    """The readings of the kernel are stood in for: 0 at first, then so many seconds more whenever they are read."""
+    readings = iter(range(1_000_000))
+    monkeypatch.setattr("rewards.sandbox.waited_for_a_core", lambda pids: next(readings) * others_had_the_core_s)
+    slow = "import time\ndef add(a, b):\n    time.sleep(0.8)\n    return a + b"
+    limits = Limits(test_s=0.5, total_s=2)
+    assert judge(ADD, slow, isolate(machine().level), limits).status == status
+    endless = "import time\ndef add(a, b):\n    time.sleep(60)"
+    began = time.monotonic()
+    assert judge(ADD, endless, isolate(machine().level), limits).status == "timeout"
+    assert time.monotonic() - began < 20, "the time of all tests is by the clock"
+
+
+def test_the_kernel_tells_who_waited_for_a_core():
+    """A process that shares its one core with two others waits about as long as it runs, or longer."""
+    [core, *_] = sorted(os.sched_getaffinity(0))
+    busy = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    spinners = [subprocess.Popen([sys.executable, "-S", "-c", busy]) for _ in range(3)]
+    try:
+        assert _until(lambda: waited_for_a_core([spinners[0].pid]) > 0.2)
+        assert waited_for_a_core([0]) == 0.0
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()

@@ -1,9 +1,10 @@
 """``killed_run.py RECIPE DRAWN POINT [override …]`` runs a recipe and kills its own driver (SIGKILL) at a chosen point.
 
 POINT is ``none``, one of ``POINTS``, ``terminate`` (SIGTERM in the middle of the first stage), ``engine`` (not the
-driver but an engine's process is killed, in the middle of rollouts) or ``lost-learner`` (the learner's process is
-killed while it writes a checkpoint). DRAWN is a file that gets one line per batch of jobs that is really drawn. Beside
-it, ``processes`` gets one line per process of the run, as they were when it ended: point, id, start time, name.
+driver but an engine's process is killed, in the middle of rollouts; the run goes on) or ``lost-learner`` (the learner's
+process is killed while it writes a checkpoint). DRAWN is a file that gets one line per batch of jobs that is really
+drawn. Beside it, ``processes`` gets one line per process of the run, as they were when it ended: point, id, start time,
+name.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def end_politely() -> None:
 
 
 def kill_a_busy_engine() -> None:
-    """Kills one engine's process in the second step of RL, when every engine has been given jobs and finished none."""
+    """Kills one engine's process in a later step of RL, when every engine has been given jobs and finished none."""
     from pipelines.rollout_pool import Job, RolloutPool
 
     original, struck = RolloutPool._dispatch, False
@@ -61,7 +62,7 @@ def kill_a_busy_engine() -> None:
     def patched(self: RolloutPool, queue: deque[Job]) -> None:
         nonlocal struck
         assert self._source is not None
-        if struck or not queue or self._source.update.version != 1:
+        if struck or len(queue) < 4 or self._source.version < 1:
             return original(self, queue)
         struck = True
         victim, *others = descendants("EngineCore")

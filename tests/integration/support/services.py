@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import time
 
+import psutil
+
 from pipelines.actors import LearnerService, RolloutService
+from rewards.rubric import Rubric, RubricConfig
 from rollout.scripted_engine import Faults, Scripted, ScriptedEngine
+from rollout.types import RolloutGroup
 
 
 class WatchedRollouts(RolloutService):
@@ -32,6 +36,19 @@ class WatchedLearner(LearnerService):
 
     def work(self) -> None:
         time.sleep(600)
+
+
+class Judge:
+    """A rubric that lives in an actor."""
+
+    def __init__(self, config: RubricConfig) -> None:
+        self.rubric = Rubric(config)
+
+    def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        return list(self.rubric.score(groups))
+
+    def processes(self) -> list[int]:
+        return [process.pid for process in psutil.Process().children(recursive=True)]
 
 
 def scripted(hang_on: int = 0) -> ScriptedEngine:
