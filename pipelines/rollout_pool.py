@@ -9,6 +9,7 @@ same seeds, so that the result is the same.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ _POLL_S = 1.0  # how often hung workers are looked for while nothing finishes
 _START_TIMEOUT_S = 900.0
 CANARY_TOKENS = 16
 """New tokens per prompt of an attestation by meaning."""
+_NOISE_LENGTH = 24
 
 
 class WorkerFailure(RuntimeError):
@@ -67,7 +69,7 @@ class WeightSource:
     """What the pool needs from the learner to bring a worker up to date.
 
     Attributes:
-        update: the published version.
+        update: the published version; None where engines keep the weights that they have read themselves.
         canary: prompts for the attestation by meaning.
         score: log-probabilities of tokens 1..T-1 of given sequences under the published weights.
         margins: how near to a tie the routing of their tokens 0..T-2 is; asked for only when they differ.
@@ -75,12 +77,17 @@ class WeightSource:
         dtype: of the engines, for the default tolerance.
     """
 
-    update: WeightUpdate
+    update: WeightUpdate | None
     canary: Sequence[Sequence[int]]
     score: Callable[[Sequence[Sequence[int]]], list[list[float]]]
     margins: Callable[[Sequence[Sequence[int]]], list[list[float]]]
     describe: Callable[[Sequence[int]], list[str]]
     dtype: str
+
+    @property
+    def version(self) -> int:
+        """The policy_version of the weights; 0 of what the engines have read themselves."""
+        return self.update.version if self.update else 0
 
 
 @dataclass
@@ -133,12 +140,12 @@ class RolloutPool:
         gaps = self._bring_up(self._slots)
         gaps = gaps or [0.0]
         return SyncReport(
-            version=source.update.version,
+            version=source.version,
             seconds=time.monotonic() - started,
-            bytes=_size(source.update),
+            bytes=_size(source.update) if source.update else 0,
             mean_abs=sum(gaps) / len(gaps),
             max_abs=max(gaps),
-            checksum=source.update.checksum,
+            checksum=source.update.checksum if source.update else "",
         )
 
     def generate(self, jobs: Iterable[Job]) -> Iterator[RolloutGroup]:
@@ -183,7 +190,7 @@ class RolloutPool:
     def _dispatch(self, queue: deque[Job]) -> None:
         """Hands jobs to the least loaded workers that hold the current version."""
         assert self._source is not None
-        current = [s for s in self._slots if s.starting is None and s.version == self._source.update.version]
+        current = [s for s in self._slots if s.starting is None and s.version == self._source.version]
         while queue and current:
             slot = min(current, key=lambda s: len(s.in_flight))
             # One group more than fits keeps the engine full while the next is on its way.
@@ -251,15 +258,16 @@ class RolloutPool:
         def attested(slot: _Slot, answer: Any) -> None:
             tokens, engine = [list(ids) for ids, _ in answer], [list(values) for _, values in answer]
             gaps.extend(self._attest(slot, tokens, engine, source.score(tokens)))
-            slot.version = source.update.version
+            slot.version = source.version
 
         pending = list(slots)
         while pending:
             alive, lost = self._ask_all(pending, lambda slot: slot.starting, self._started, _START_TIMEOUT_S)
-            for method, arguments, done in (
-                ("update_weights", (source.update,), lambda slot, digest: attest_bytes(source.update, digest)),
-                ("canary", (source.canary, CANARY_TOKENS), attested),
-            ):
+            steps: list[tuple[str, tuple[Any, ...], Callable[[_Slot, Any], None]]] = []
+            if (update := source.update) is not None:
+                steps.append(("update_weights", (update,), partial(_check_bytes, update)))
+            steps.append(("canary", (source.canary, CANARY_TOKENS), attested))
+            for method, arguments, done in steps:
                 alive, more = self._ask_all(
                     alive, partial(_submit, method=method, arguments=arguments), done, self._config.timeout_s
                 )
@@ -305,7 +313,7 @@ class RolloutPool:
         rows = [[*zip(e, lr, n, strict=True)] for e, lr, n in zip(engine, learner, names, strict=True)]
         check = partial(
             attest_meaning, tolerance=self._config.attest_tolerance or None, dtype=source.dtype, worker=slot.index,
-            version=source.update.version,
+            version=source.version,
         )  # fmt: skip
         try:
             check(*_columns(rows))
@@ -317,10 +325,27 @@ class RolloutPool:
                 raise
             check(*_columns(kept))
             self._on_event({
-                "event": "router_tie", "worker": slot.index, "version": source.update.version, "left_out": left_out,
+                "event": "router_tie", "worker": slot.index, "version": source.version, "left_out": left_out,
             })  # fmt: skip
             rows = kept
         return [abs(e - lr) for row in rows for e, lr, _ in row]
+
+
+def canary_prompts(asked: Sequence[Sequence[int]], tokenizer: Any, max_model_len: int, seed: int) -> list[list[int]]:
+    """Prompts to attest weights with: those that are asked for real, and two of random tokens.
+
+    The random ones touch embeddings that the task may never use.
+    """
+    rng = random.Random(seed)
+    special = set(tokenizer.all_special_ids)
+    plain = [i for i in range(len(tokenizer)) if i not in special]
+    noise = [[rng.choice(plain) for _ in range(_NOISE_LENGTH)] for _ in range(2)]
+    room = max_model_len - CANARY_TOKENS - 1
+    return [list(prompt)[:room] for prompt in (*asked, *noise)]
+
+
+def _check_bytes(update: WeightUpdate, slot: _Slot, digest: str) -> None:
+    attest_bytes(update, digest)
 
 
 def _columns(rows: Sequence[Sequence[tuple[float, float, str]]]) -> tuple[list[float], list[float], list[str]]:

@@ -53,6 +53,10 @@ ANSWERS = {
 }
 
 
+# Gold answers that nobody can read (a box that never closes): refused, and counted as a right answer missed.
+UNREADABLE_GOLDS = {"upstream_math_verify_lighteval.jsonl": 1}
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answers_are_graded_as_people_graded_them(name: str, cases: Path) -> None:
@@ -60,7 +64,8 @@ def test_answers_are_graded_as_people_graded_them(name: str, cases: Path) -> Non
     row = confusion([path])[str(path)]
     right, wrong = row["true_accept"] + row["true_reject"], row["false_accept"] + row["false_reject"]
     print(name, row)
-    assert right + wrong == row["n"] and row["errors"] == 0
+    assert right + wrong == row["n"]
+    assert row["errors"] <= UNREADABLE_GOLDS.get(name, 0)
     if row["n"]:
         least, most = ANSWERS[name]
         assert right / row["n"] >= least
