@@ -32,7 +32,7 @@ def run(options: Options) -> list[Comparison]:
     with ExitStack() as stack:
         options.say(f"starting {len(groups)} rollout workers and {len(groups)} bare engines")
         house = stack.enter_context(open_house(options, folder, (stage,)))
-        bare = [stack.enter_context(Peer("bare vLLM", serve, _bare(folder, cores))) for cores in groups]
+        bare = [stack.enter_context(Peer("bare vLLM", serve, bare_config(folder, cores))) for cores in groups]
         house.workers.sync_weights(0)
         for peer in bare:
             peer.ask("ready")
@@ -113,7 +113,8 @@ class _Bare:
         ]  # fmt: skip
 
 
-def _bare(folder: Path, cores: Sequence[int]) -> BareConfig:
+def bare_config(folder: Path, cores: Sequence[int]) -> BareConfig:
+    """A bare engine of the sizes that ours have."""
     return BareConfig(
         folder=folder,
         cores=tuple(cores),

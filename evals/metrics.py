@@ -130,6 +130,11 @@ def mean_interval(values: Sequence[float], *, low: float = 0.0, high: float = 1.
     return max(low, mean - half), min(high, mean + half)
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean: sample standard deviation / sqrt(n); None for fewer than two values."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
 @lru_cache(maxsize=1024)
 def t_quantile(p: float, df: int) -> float:
     """Quantile p in [0.5, 1) of Student's t distribution with ``df`` >= 1 degrees of freedom, by bisection to 1e-10."""

@@ -7,6 +7,7 @@ error; with ``--json`` standard output holds exactly one object, whatever happen
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -60,7 +61,7 @@ def _parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], dict[str
     top = _Parser(
         prog="r1", usage="r1 VERB …", formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
         description="Trains a policy to reason, from one YAML recipe.",
-        epilog="verbs:\n" + "".join(f"  {name:<14} {about}\n" for name, (_, _, about) in _VERBS.items())
+        epilog="verbs:\n" + "".join(f"  {name:<18} {about}\n" for name, (_, _, about) in _VERBS.items())
         + "\n`r1 VERB --help` explains a verb.",
     )  # fmt: skip
     top.add_argument("-h", "--help", action="store_true", help="show this help")
@@ -75,7 +76,11 @@ def _parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], dict[str
         top.print_help(sys.stdout if chosen.help else sys.stderr)
         raise SystemExit(_DONE if chosen.help else _USAGE)
     run, add_arguments, about = _VERBS[verb]
-    parser = _Parser(prog=f"r1 {verb}", description=about)
+    related = "".join(f"  r1 {name:<18} {_VERBS[name][2]}\n" for name in family if name != verb)
+    parser = _Parser(
+        prog=f"r1 {verb}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"related verbs:\n{related}" if related else None,
+    )  # fmt: skip
     add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -110,13 +115,19 @@ def _add_show(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub id, a run folder, or a stage folder")
+    from pipelines.eval_verb import add_arguments
+
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?",
+        help="Hugging Face folder or hub id, a run folder, or a stage folder; none with --endpoint",
+    )  # fmt: skip
     _add_overrides(parser)
     parser.add_argument(
         "--recipe", metavar="RECIPE",
         help="whose held-out sets to evaluate; a run folder as MODEL brings its own",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", type=Path, help="keep completions and results.json in this folder")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="keep completions and results in this folder")
+    add_arguments(parser)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -150,6 +161,20 @@ def _show(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:
+    if options.model is not None and "=" in options.model and not Path(options.model).exists():
+        options.overrides.insert(0, options.model)  # the model is left out with --endpoint
+        options.model = None
+    if options.benchmarks is not None or options.endpoint is not None:
+        from pipelines.eval_verb import run
+
+        if options.benchmarks is None:
+            raise ValueError("--endpoint needs --benchmarks: which are to be evaluated")
+        if options.endpoint is not None and options.model is not None:
+            raise ValueError("MODEL and --endpoint exclude each other: the endpoint's model is named with --model")
+        with _terminated_like_interrupted():
+            return run(options)
+    if options.model is None:
+        raise ValueError("name a MODEL (a Hugging Face folder or id, a run folder), or --endpoint with --benchmarks")
     from pipelines.run_dir import brief, model_folder
 
     path = Path(options.model).expanduser()
@@ -174,36 +199,29 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     return brief(results)
 
 
-def _add_reward_test(parser: argparse.ArgumentParser) -> None:
-    from pipelines.reward_test import add_arguments
+def _module(name: str) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[..., None]]:
+    """A verb that lives in a module of its own with ``run`` and ``add_arguments``; imported when it is asked for."""
 
-    add_arguments(parser)
+    def run(options: argparse.Namespace) -> dict[str, Any]:
+        return importlib.import_module(name).run(options)
 
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        importlib.import_module(name).add_arguments(parser)
 
-def _reward_test(options: argparse.Namespace) -> dict[str, Any]:
-    from pipelines.reward_test import run
-
-    return run(options)
-
-
-def _add_reward_sandbox(parser: argparse.ArgumentParser) -> None:
-    from pipelines.reward_sandbox import add_arguments
-
-    add_arguments(parser)
-
-
-def _reward_sandbox(options: argparse.Namespace) -> dict[str, Any]:
-    from pipelines.reward_sandbox import run
-
-    return run(options)
+    return run, add_arguments
 
 
 _VERBS = {
     "run": (_run, _add_run, "run a recipe, or go on with it where it stopped"),
     "show": (_show, _add_show, "show the resolved recipe, each value with where it came from"),
-    "eval": (_eval, _add_eval, "evaluate a checkpoint on the held-out sets of a recipe"),
-    "reward test": (_reward_test, _add_reward_test, "try a reward function on golden and adversarial completions"),
-    "reward sandbox": (_reward_sandbox, _add_reward_sandbox, "probe the sandbox, or run programs in it"),
+    "eval": (_eval, _add_eval, "evaluate a checkpoint on benchmarks, or on the held-out sets of a recipe"),
+    "eval compare": (*_module("pipelines.eval_compare"), "compare two evaluations, paired by problem"),
+    "eval regrade": (*_module("pipelines.eval_regrade"), "grade the samples of an evaluation again"),
+    "eval grade": (*_module("pipelines.eval_grade"), "grade completions that others made"),
+    "eval export": (*_module("pipelines.eval_export"), "write samples in the formats of human-eval, evalplus, lm-eval"),
+    "eval contamination": (*_module("pipelines.eval_contamination"), "look for benchmark problems in training data"),
+    "reward test": (*_module("pipelines.reward_test"), "try a reward function on golden and adversarial completions"),
+    "reward sandbox": (*_module("pipelines.reward_sandbox"), "probe the sandbox, or run programs in it"),
 }
 
 

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+from evals.contamination import MODES
 from pipelines.recipe_source import (
     COMMAND_LINE,
     DEFAULT,
@@ -72,6 +73,8 @@ class Recipe:
         stages: what happens, in this order; each has ``kind: sft | grpo | eval`` and the keys of that kind.
         tracking: where the numbers go.
         run: the run folder, its checkpoints, and the Ray cluster.
+        contamination: what happens when a stage trains on texts that share most of their words with what the recipe
+            evaluates: ``refuse``, ``warn`` or ``off``.
     """
 
     name: str
@@ -81,8 +84,11 @@ class Recipe:
     stages: tuple[Stage, ...]
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    contamination: str = "refuse"
 
     def __post_init__(self) -> None:
+        if self.contamination not in MODES:
+            raise ValueError(f"contamination must be one of {', '.join(MODES)}, got {self.contamination!r}")
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"name must be a folder name of letters, digits, - _ and ., got {self.name!r}")
         if self.seed < 0:

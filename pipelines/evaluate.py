@@ -9,15 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.benchmark import find_benchmark
+from evals.protocol import protocol_of
 from pipelines.files import write_atomic
 from pipelines.tracking import eval_metrics
 from rewards.rubric import RubricConfig
-from rollout.prompts import DataConfig, check_disjoint
+from rollout.prompts import ORIGINAL_PROMPT, DataConfig, check_disjoint, load_problems
 from rollout.template import check_template
-from rollout.types import SamplingParams
+from rollout.types import Problem, SamplingParams
 
 if TYPE_CHECKING:
     from pipelines.config import LoadedRecipe
+    from pipelines.problem_sets import ProblemSets
     from pipelines.run_dir import StageDir
     from pipelines.tracking import Tracker
     from pipelines.workers import Workers
@@ -25,10 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutSet:
-    """Problems that no stage trains on.
+    """Problems that no stage trains on: data of one's own with what judges them, or a benchmark.
 
     Attributes:
-        name: how results are named.
+        name: how results are named; the benchmark's name when left out.
+        benchmark: a benchmark by name, or a YAML file; it brings problems, prompts and grader.
+        limit: only so many of the benchmark's problems; 0 all.
+        data_dir: where the benchmark's data lie; else R1_DATA, else the hub.
         data: where the problems come from; ``data.size`` of them.
         samples: completions per problem at ``sampling`` (k).
         greedy: also one completion per problem at temperature 0.
@@ -37,9 +43,12 @@ class HeldoutSet:
         rewards: what judges a completion: a score >= 1 of ``rewards.judge`` passes.
     """
 
-    name: str
-    data: DataConfig
-    rewards: RubricConfig
+    name: str = ""
+    benchmark: str = ""
+    limit: int = 0
+    data_dir: str = ""
+    data: DataConfig | None = None
+    rewards: RubricConfig | None = None
     samples: int = 8
     greedy: bool = True
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -48,9 +57,51 @@ class HeldoutSet:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples must be >= 1, got {self.samples}")
+        if self.limit < 0:
+            raise ValueError(f"limit must be >= 0 (0 takes all problems), got {self.limit}")
         check_template(self.template)
+        if self.benchmark:
+            if self.data is not None or self.rewards is not None:
+                raise ValueError("a set has a benchmark, or data with rewards: a benchmark brings its own")
+            if self.template == "raw":
+                raise ValueError("a benchmark in a recipe is asked by the template chat or r1-zero, got raw")
+            found = find_benchmark(self.benchmark)
+            object.__setattr__(self, "name", self.name or found.name.replace("/", "-"))
+        elif self.data is None or self.rewards is None:
+            raise ValueError("a set needs data and rewards, or a benchmark")
+        elif self.limit or self.data_dir:
+            raise ValueError("limit and data_dir are for a benchmark; data has its own size and source")
         if not self.name or "/" in self.name:
             raise ValueError(f"a set's name must be non-empty and without '/', got {self.name!r}")
+
+    @property
+    def rubric(self) -> RubricConfig:
+        """What judges a completion; a benchmark's grader never stops a run, what it fails on is counted."""
+        if self.rewards is not None:
+            return self.rewards
+        return RubricConfig(functions=(find_benchmark(self.benchmark).grader,), max_error_rate=1.0)
+
+    def load(self) -> list[Problem]:
+        """The problems.
+
+        Raises:
+            ValueError: the data set is missing, empty or broken.
+        """
+        if self.data is not None:
+            return load_problems(self.data)
+        from evals.benchmark_data import load_benchmark
+
+        # Problems and prompts alone come from the protocol; how completions are drawn, the recipe says.
+        protocol = protocol_of("deepseek", template=self.template)
+        folder = Path(self.data_dir) if self.data_dir else None
+        benchmark = find_benchmark(self.benchmark)
+        problems = load_benchmark(benchmark, protocol=protocol, data_dir=folder, limit=self.limit).problems
+        # The bare question is what a training set would hold.
+        end = f"\n{benchmark.instruction}"
+        return [
+            replace(each, metadata={**each.metadata, ORIGINAL_PROMPT: each.prompt.removesuffix(end)})
+            for each in problems
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +161,13 @@ def evaluate_sets(
     for item in sets:
         sampled = workers.heldout_rollouts(item, folder, tag=tag, greedy=False, advance=advance)
         greedy = workers.heldout_rollouts(item, folder, tag=tag, greedy=True, advance=advance) if item.greedy else None
-        results[item.name] = evaluate_set(item.name, sampled, greedy=greedy, judge=item.rewards.judge).to_json()
+        results[item.name] = evaluate_set(item.name, sampled, greedy=greedy, judge=item.rubric.judge).to_json()
     return results
 
 
-def completions_of(stage: EvalStage) -> int:
+def completions_of(stage: EvalStage, problems: ProblemSets) -> int:
     """Completions that an evaluation draws."""
-    return sum(item.data.size * (item.samples + item.greedy) for item in stage.sets)
+    return sum(len(problems.heldout(item)) * (item.samples + item.greedy) for item in stage.sets)
 
 
 def evaluate_model(

@@ -33,9 +33,9 @@ class ProblemSets:
         Raises:
             ValueError: the data set is missing, empty or broken.
         """
-        key = repr(item.data)
+        key = repr((item.data, item.benchmark, item.limit, item.data_dir, item.template))
         if key not in self._heldout:
-            self._heldout[key] = load_problems(item.data)
+            self._heldout[key] = item.load()
         return self._heldout[key]
 
     def training(self, config: DataConfig) -> list[Problem]:

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.contamination import check_contamination
 from pipelines.evaluate import EvalStage, completions_of, run_eval
 from pipelines.grpo import GrpoStage, check_gate, train_grpo
 from pipelines.problem_sets import ProblemSets
@@ -89,10 +90,11 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
         if isinstance(stage, GrpoStage):
             _check_rewards(stage.name, stage.rewards, problems.training(stage.data))
         for item in (*getattr(stage, "sets", ()), *getattr(stage, "eval_sets", ())):
-            _check_rewards(f"{stage.name}.{item.name}", item.rewards, problems.heldout(item))
+            _check_rewards(f"{stage.name}.{item.name}", item.rubric, problems.heldout(item))
             entry.setdefault("heldout", {})[item.name] = len(problems.heldout(item))
         stages.append(entry)
     _check_gates(recipe.stages)
+    _check_contamination(recipe, problems)
     return {"name": recipe.name, "seed": recipe.seed, "stages": stages}
 
 
@@ -119,7 +121,7 @@ def _run_stages(recipe: Recipe, run: RunDir, folders: Sequence[StageDir], proble
                 started = time.monotonic()
                 run.note({"event": "stage_started", "stage": stage.name, "kind": stage.kind})
                 with Tracker(
-                    folder, recipe.tracking, recipe.name, total=_total(stage), view=view, recipe=plain(recipe)
+                    folder, recipe.tracking, recipe.name, total=_total(stage, problems), view=view, recipe=plain(recipe)
                 ) as tracker:
                     figures = _run_stage(stage, workers, folder, problems, tracker)
                 figures["seconds"] = round(time.monotonic() - started, 3)
@@ -143,8 +145,8 @@ def _run_stage(
     return train_grpo(stage, workers, stream, folder, tracker)
 
 
-def _total(stage: Any) -> int:
-    return completions_of(stage) if isinstance(stage, EvalStage) else stage.steps
+def _total(stage: Any, problems: ProblemSets) -> int:
+    return completions_of(stage, problems) if isinstance(stage, EvalStage) else stage.steps
 
 
 def summary_of(recipe: Recipe, folders: Sequence[StageDir]) -> dict[str, Any]:
@@ -155,6 +157,24 @@ def summary_of(recipe: Recipe, folders: Sequence[StageDir]) -> dict[str, Any]:
         status = "pending" if figures is None else "done"
         stages.append({"name": stage.name, "kind": stage.kind, "status": status, **(figures or {})})
     return {"name": recipe.name, "seed": recipe.seed, "stages": stages}
+
+
+def _check_contamination(recipe: Recipe, problems: ProblemSets) -> None:
+    """Looks for what is evaluated in what is trained on; equal prompts are kept apart when the data are loaded.
+
+    Raises:
+        ValueError: there is some, and the recipe refuses it.
+    """
+    heldout = {item.name: problems.heldout(item) for item in problems.heldout_sets()}
+    seen: set[str] = set()
+    for stage in recipe.stages if heldout else ():
+        data = getattr(stage, "data", None)
+        if data is None or repr(data) in seen:
+            continue
+        seen.add(repr(data))
+        check_contamination(
+            problems.training(data), heldout, mode=recipe.contamination, train_name=f"stages.{stage.name}.data"
+        )
 
 
 def _check_target(stage: SftStage, problem: Problem) -> None:

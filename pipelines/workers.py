@@ -7,18 +7,17 @@ while the first training stage is already running.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.actors import Handle, LearnerService, RayHandle, RolloutService, settle, start_vllm
+from pipelines.actors import Handle, LearnerService, RayHandle, settle
 from pipelines.grpo import GrpoStage, in_order
+from pipelines.launch import Launcher
 from pipelines.resources import actor, check_gpus, count_gpus, gpus_of_one, own_cores, start_ray
-from pipelines.rollout_pool import CANARY_TOKENS, Job, RolloutPool, SyncReport, WeightSource
+from pipelines.rollout_pool import Job, RolloutPool, SyncReport, WeightSource, canary_prompts
 from pipelines.run_dir import Journal, step_name
 from policy.checkpoint import latest_checkpoint, prune
 from policy.config import LearnerConfig, LossConfig, OptimizerConfig
@@ -26,7 +25,6 @@ from rewards.rubric import Rubric, RubricConfig
 from rollout.engine import EngineDied, GenerateRequest
 from rollout.template import forces_thinking, prompt_text, render_prompt
 from rollout.types import Problem, RolloutGroup, SamplingParams, sampling_seed
-from rollout.vllm_start import check_latent
 
 if TYPE_CHECKING:
     from pipelines.config import Recipe
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from rollout.prompts import PromptStream
 
 _EVAL_STEP = -1  # held-out sets are drawn with the same seeds before and after training
-_CANARY_LENGTH = 24
 _CLOSE_S = 10.0
 
 
@@ -76,8 +73,13 @@ class Workers:
         self._seed_folder = run.path / "engine"
         self._ask_learner("export", str(self._seed_folder))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self._seed_folder)
-        self._pool = RolloutPool(self._launch, self._engine, self._count(), run.note)
-        self._canary = self._canary_prompts(*problems.canary())
+        launch = Launcher(folder=self._seed_folder, engine=self._engine, dtype=recipe.model.dtype, seed=recipe.seed,
+                          cores=self._cores)  # fmt: skip
+        self._count = launch.count()
+        self._pool = RolloutPool(launch, self._engine, self._count, run.note)
+        asked, template = problems.canary()
+        prompts = [list(render_prompt(problem, self.tokenizer, template)) for problem in asked]
+        self._canary = canary_prompts(prompts, self.tokenizer, self._engine.max_model_len, self.seed)
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +175,7 @@ class Workers:
         samples = 1 if greedy else item.samples
         sampling = replace(item.sampling, temperature=0.0, top_p=1.0, top_k=0) if greedy else item.sampling
         journal = folder.journal(f"{tag}-{item.name}-{'greedy' if greedy else 'sampled'}")
-        groups, _ = self._draw(problems, journal, _EVAL_STEP, samples, sampling, item.template, item.rewards, advance)
+        groups, _ = self._draw(problems, journal, _EVAL_STEP, samples, sampling, item.template, item.rubric, advance)
         journal.complete(groups)
         return groups
 
@@ -194,7 +196,7 @@ class Workers:
         version = self.base_version + step
         update = self._ask_learner(
             "publish", version, self._engine.weight_backend, self.run.path.name,
-            self._count() * self._engine.tensor_parallel,
+            self._count * self._engine.tensor_parallel,
         )  # fmt: skip
         source = WeightSource(
             update=update, canary=self._canary, dtype=self._recipe.model.dtype,
@@ -313,35 +315,6 @@ class Workers:
         if key not in self._rubrics:
             self._rubrics[key] = Rubric(config, forced_think=forced, on_event=self.run.note)
         return self._rubrics[key]
-
-    def _count(self) -> int:
-        if self._engine.workers:
-            return self._engine.workers
-        gpus = count_gpus()
-        return max(1, (gpus - 1) // self._engine.tensor_parallel) if gpus else min(4, len(self._cores))
-
-    def _launch(self, index: int) -> Handle:
-        """Starts rollout worker ``index`` with its own cores."""
-        count, cores = self._count(), self._cores
-        own = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or [cores[index % len(cores)]]
-        gpus = gpus_of_one(count_gpus()) * self._engine.tensor_parallel
-        bind = None if gpus else ",".join(map(str, own))
-        if not gpus:
-            check_latent(self._seed_folder)
-        start = partial(
-            start_vllm, str(self._seed_folder), self._engine, self._recipe.model.dtype, self.seed, bind, index
-        )
-        return RayHandle(actor(RolloutService, num_gpus=gpus, max_concurrency=256).remote(start))
-
-    def _canary_prompts(self, problems: Sequence[Problem], template: str) -> list[list[int]]:
-        """Two prompts of the task and two of random tokens (these touch embeddings that the task may never use)."""
-        rng = random.Random(self.seed)
-        special = set(self.tokenizer.all_special_ids)
-        plain = [i for i in range(len(self.tokenizer)) if i not in special]
-        noise = [[rng.choice(plain) for _ in range(_CANARY_LENGTH)] for _ in range(2)]
-        room = self._engine.max_model_len - CANARY_TOKENS - 1
-        real = [list(render_prompt(p, self.tokenizer, template)) for p in problems]
-        return [prompt[:room] for prompt in real + noise]
 
 
 def _same(kept: Problem, asked: Problem) -> bool:

@@ -30,6 +30,7 @@ STYLES = ("plain", "trl", "trl_chat", "verl", "verl_batch")
 
 BUILT_IN = {
     "accuracy": "rewards.accuracy:accuracy",
+    "choice": "rewards.choice:choice",
     "code_tests": "rewards.code_tests:code_tests",
     "judge": "rewards.model_judge:judge",
     "language_consistency": "rewards.language:language_consistency",
@@ -67,8 +68,8 @@ class RewardConfig:
     """One reward function of a rubric.
 
     Attributes:
-        path: name of a built-in (accuracy, code_tests, judge, language_consistency, length, random, reasoning_gym,
-            repetition, thinking_format), ``module:function`` or ``file.py:function``.
+        path: name of a built-in (accuracy, choice, code_tests, judge, language_consistency, length, random,
+            reasoning_gym, repetition, thinking_format), ``module:function`` or ``file.py:function``.
         name: what it is called in scores and metrics; the function's own name when left out.
         weight: factor of its score in the reward; 0 only logs it.
         style: calling convention: ``plain``, ``trl`` (prompts and completions as texts), ``trl_chat`` (as messages),

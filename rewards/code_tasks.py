@@ -79,9 +79,15 @@ def task_of(row: Mapping[str, Any]) -> Task:
 
     ``input_output``, a JSON text with inputs, outputs and fn_name, is read as if its keys were columns.
 
+    ``task``, a mapping, goes before all of these: the fields of :class:`Task` (``kind`` among them), or ``{"row":
+    "humaneval_plus"}`` or ``{"row": "mbpp_plus"}`` for a row of these sets (:mod:`rewards.code_rows`).
+
     Raises:
         ValueError: the columns make no task.
     """
+    task = row.get("task")
+    if isinstance(task, Mapping) and ("kind" in task or "row" in task):
+        return _ready(task, row)
     if isinstance(row.get("input_output"), str):
         row = {**row, **_json(row["input_output"])}
     test = str(row.get("test") or "")
@@ -101,6 +107,25 @@ def task_of(row: Mapping[str, Any]) -> Task:
     if "def test" in test:
         return Task(kind="pytest", code=test)
     raise ValueError("the problem has no tests: give it test, test_list, or inputs with outputs")
+
+
+def _ready(task: Mapping[str, Any], row: Mapping[str, Any]) -> Task:
+    """The task that a row holds ready-made; JSON knows no tuples."""
+    if "row" in task:
+        from rewards import code_rows
+
+        readers = {"humaneval_plus": code_rows.humaneval_plus, "mbpp_plus": code_rows.mbpp_plus}
+        if task["row"] not in readers:
+            raise ValueError(f"task.row must be one of {', '.join(readers)}, got {task['row']!r}")
+        try:
+            return readers[task["row"]](row)
+        except KeyError as error:
+            raise ValueError(f"a row of {task['row']} needs the column {error}") from None
+    fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in task.items()}
+    try:
+        return Task(**fields)
+    except TypeError as error:
+        raise ValueError(f"task does not hold the fields of a task: {error}") from None
 
 
 def _json(text: str) -> dict[str, Any]:

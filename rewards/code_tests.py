@@ -48,6 +48,9 @@ def code_tests(
     test_s: float = 5.0,
     total_s: float = 8.0,
     packages: Sequence[str] = ("numpy",),
+    memory_gib: float = 1.0,
+    output_mib: float = 4.0,
+    parts: int = 500_000,
 ) -> Score:
     """1.0 when the last fenced code block after the thinking passes all tests of the problem, else 0.0.
 
@@ -61,6 +64,9 @@ def code_tests(
         test_s: seconds of one test, and of loading the program.
         total_s: seconds of all tests; keep it below the function's own deadline (``timeout_s``).
         packages: what programs may import besides the standard library, where it is installed.
+        memory_gib: GiB that all processes of a program may hold, > 0.
+        output_mib: MiB of one result, > 0.
+        parts: values in one result, > 0.
 
     Raises:
         BadTests, ValueError: the problem's tests cannot be run, whatever the program.
@@ -71,7 +77,9 @@ def code_tests(
     statuses = {status.value: 0.0 for status in Status if status is not Status.PASSED}
     if program is None:
         return Score(value=0.0, metrics={"answered": 0.0, "tests_passed": 0.0, **statuses})
-    limits = Limits(test_s=test_s, total_s=total_s)
+    limits = Limits(
+        test_s=test_s, total_s=total_s, memory=int(memory_gib * 2**30), output=int(output_mib * 2**20), parts=parts
+    )
     verdict = run_tests(task, program, level=level, packages=packages, limits=limits, stop_early=not partial)
     share = verdict.passed / verdict.tests if verdict.tests else 0.0
     passed = verdict.status is Status.PASSED

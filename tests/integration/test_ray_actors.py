@@ -151,7 +151,7 @@ def test_a_learner_that_is_killed_is_lost_and_the_mend_is_named(learner: RayHand
 def test_a_rubric_in_an_actor_outlives_its_bombs_and_does_not_outlive_the_actor() -> None:
     functions = (reward("sleeps_on_first", timeout_s=1.0), reward("dies_always", timeout_s=5.0), reward("length"))
     config = RubricConfig(functions=functions, processes=2, max_error_rate=1.0)
-    judge = ray.remote(Judge).remote(config)
+    judge: Any = actor(Judge).remote(config)
     for _ in range(2):  # after any number of bombs the next right answer is right
         scored = ray.get(judge.score.remote([group(3, number=n) for n in range(2)]), timeout=SOON)
         for each in scored:

@@ -97,7 +97,7 @@ def test_showing_a_recipe_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rnu"], "r1: there is no verb 'rnu'; there are run, show, eval, reward test, reward sandbox (see r1"),
+        (["rnu"], "r1: there is no verb 'rnu'; there are run, show, eval, eval compare, eval"),
         (["run"], "r1 run: the following arguments are required: RECIPE"),
         (["run", "r1-tiny", "steps"], "r1 run: an override is written a.b=value, got 'steps'"),
         (["run", "r1-tiny", "--frehs"], "r1 run: unrecognized arguments: --frehs"),

@@ -48,6 +48,7 @@ def test_before_and_after_are_judged_on_the_same_problems_in_the_same_way(loaded
     assert (before.name, after.name) == ("before", "after")
     assert before.sets == after.sets
     for item in before.sets:
+        assert item.data is not None
         assert (item.data.size, item.samples, item.greedy, item.data.distinct) == (256, 8, True, True), item.name
         assert item.sampling.temperature == 1.0, "as they are drawn in training"
     for stage in recipe.stages:

@@ -56,9 +56,9 @@ def test_what_the_code_imports_is_declared() -> None:
     assert {other_names.get(name, packages.normal(name)) for name in foreign} - known == set()
 
 
-def test_shipped_recipes_are_package_data() -> None:
+def test_recipes_benchmarks_and_page_are_package_data() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert tool["package-data"] == {"pipelines.recipes": ["*.yaml"]}
+    assert tool["package-data"] == {"pipelines.recipes": ["*.yaml"], "evals": ["*.j2", "catalog/*.yaml"]}
 
 
 def test_make_help_names_every_target() -> None:

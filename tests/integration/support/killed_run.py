@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-POINTS = ("sft", "evaluation", "rollouts", "learner", "sync", "checkpoint")
+POINTS = ("evaluation", "rollouts", "learner", "sync", "checkpoint")
 
 
 def descendants(name: str = "") -> list[psutil.Process]:
@@ -163,8 +163,6 @@ def arm(point: str, processes: Path) -> None:
         kill_a_busy_engine()
     elif point == "lost-learner":
         kill_a_saving_learner()
-    elif point == "sft":
-        strike(Workers, "sft_step", 5, delay_s=0.01)
     elif point == "evaluation":
         strike(Journal, "append", 3, delay_s=None, only=in_folder("02-eval"))
     elif point == "rollouts":
