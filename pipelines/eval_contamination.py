@@ -205,18 +205,19 @@ def _print(answer: Mapping[str, Any]) -> None:
     for name, found in answer["benchmarks"].items():
         if not found["rows"]:
             continue
-        table = Table(title=Text(f"{name}: the gravest"), title_justify="left")
+        table = Table(title=Text(f"{name}: the gravest, one of each problem"), title_justify="left")
         for column in ("share", "words"):
             table.add_column(column, justify="right")
         for column in ("problem", "training row", "shared words"):
             table.add_column(column, overflow="fold")
-        for row in found["rows"][:_SHOWN]:
+        first = {row["problem"]: row for row in reversed(found["rows"])}
+        for row in [row for row in found["rows"] if first[row["problem"]] is row][:_SHOWN]:
             span = row["span"] if len(row["span"]) <= _SPAN else f"{row['span'][: _SPAN - 1]}…"
             problem = row["problem"] if row["part"] == "question" else f"{row['problem']} (solution)"
-            texts = [Text(printable(text)) for text in (problem, row["train_row"], span)]
+            texts = [Text(printable(text)) for text in (problem, Path(row["train_row"]).name, span)]
             table.add_row(f"{row['share']:.0%}", str(row["words"]), *texts)
         console.print(table)
     if answer["train_rows"]:
         console.print(
-            "Short shares are often phrases that everybody uses: --min-share 0.5 leaves copies and near-copies."
+            "Small shares are often phrases that everybody uses; --min-share 0.5 leaves copies and near-copies."
         )

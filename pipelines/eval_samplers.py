@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -213,13 +214,19 @@ class EndpointSampler:
         self._config = replace(config, kind="chat" if protocol.template == "chat" else "completions")
         self._protocol = protocol
         self._open: Any = None
+        # Why completions ended in its own words: an evaluation knows stop and length.
+        self._ends: Counter[str] = Counter()
+        self._uncounted = 0  # completions whose length it does not tell
         # A server hides the thinking, closes it with a tag, or has none: only what it sends says which.
         self.forced_think = False
 
     def describe(self) -> Mapping[str, Any]:
         """See :class:`Sampler`."""
         faults = dict(self._open.faults) if self._open is not None else {}
-        return {"kind": "endpoint", "url": self._config.url, "api": self._config.kind, "faults": faults}
+        return {
+            "kind": "endpoint", "url": self._config.url, "api": self._config.kind, "faults": faults,
+            "finish_reasons": dict(self._ends), "uncounted": self._uncounted,
+        }  # fmt: skip
 
     def start(self, problems: Sequence[Problem]) -> None:
         """See :class:`Sampler`; connects to nothing yet."""
@@ -250,6 +257,8 @@ class EndpointSampler:
                 problem=job.problem, index=job.sample_index, seed=job.seed, text=drawn.text, tokens=drawn.tokens or 0,
                 finish_reason="length" if drawn.finish_reason == "length" else "stop",
             )  # fmt: skip
+            self._ends[drawn.finish_reason] += 1
+            self._uncounted += drawn.tokens is None
 
     def close(self) -> None:
         """See :class:`Sampler`."""

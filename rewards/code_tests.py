@@ -7,7 +7,7 @@ and recipes, docs/sandbox.md what the sandbox covers and what it does not.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rewards.base import Score, checks, requires
 from rewards.bounded import BoundedCalls, Overrun
@@ -21,6 +21,7 @@ from rollout.types import Problem
 
 MAX_PROGRAM = 200_000  # characters
 _GRACE_S = 1.0
+_SIZES = {"memory_gib": ("memory", 2**30), "output_mib": ("output", 2**20), "parts": ("parts", 1)}
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*$", re.MULTILINE)
 
 # The judge is a process of its own: what a result does to the tests (a power, a repetition) hits that process alone.
@@ -32,8 +33,14 @@ def check_tests(problem: Problem) -> None:
     task_of(problem.metadata)
 
 
-def check_level(level: str = "bubblewrap", packages: Sequence[str] = ("numpy",), **limits: object) -> None:
-    """Raises ValueError when this machine cannot lock programs in as asked for."""
+def check_level(
+    level: str = "bubblewrap",
+    packages: Sequence[str] = ("numpy",),
+    sizes: Mapping[str, float] | None = None,
+    **others: object,
+) -> None:
+    """Raises ValueError when this machine cannot lock programs in as asked for, or nothing is asked for clearly."""
+    limits_of(sizes or {})
     require(level, packages)
 
 
@@ -48,9 +55,7 @@ def code_tests(
     test_s: float = 5.0,
     total_s: float = 8.0,
     packages: Sequence[str] = ("numpy",),
-    memory_gib: float = 1.0,
-    output_mib: float = 4.0,
-    parts: int = 500_000,
+    sizes: Mapping[str, float] | None = None,
 ) -> Score:
     """1.0 when the last fenced code block after the thinking passes all tests of the problem, else 0.0.
 
@@ -64,9 +69,8 @@ def code_tests(
         test_s: seconds of one test, and of loading the program.
         total_s: seconds of all tests; keep it below the function's own deadline (``timeout_s``).
         packages: what programs may import besides the standard library, where it is installed.
-        memory_gib: GiB that all processes of a program may hold, > 0.
-        output_mib: MiB of one result, > 0.
-        parts: values in one result, > 0.
+        sizes: ``memory_gib`` (1) that all processes of a program may hold, ``output_mib`` (4) of one result, ``parts``
+            (500,000), values of one result; all > 0.
 
     Raises:
         BadTests, ValueError: the problem's tests cannot be run, whatever the program.
@@ -77,9 +81,7 @@ def code_tests(
     statuses = {status.value: 0.0 for status in Status if status is not Status.PASSED}
     if program is None:
         return Score(value=0.0, metrics={"answered": 0.0, "tests_passed": 0.0, **statuses})
-    limits = Limits(
-        test_s=test_s, total_s=total_s, memory=int(memory_gib * 2**30), output=int(output_mib * 2**20), parts=parts
-    )
+    limits = limits_of(sizes or {}, test_s=test_s, total_s=total_s)
     verdict = run_tests(task, program, level=level, packages=packages, limits=limits, stop_early=not partial)
     share = verdict.passed / verdict.tests if verdict.tests else 0.0
     passed = verdict.status is Status.PASSED
@@ -87,6 +89,17 @@ def code_tests(
         statuses[verdict.status.value] = 1.0
     value = share if partial else float(passed)
     return Score(value=value, metrics={"answered": 1.0, "tests_passed": share, **statuses})
+
+
+def limits_of(sizes: Mapping[str, float], **seconds: float) -> Limits:
+    """Limits from ``memory_gib``, ``output_mib`` and ``parts``, as far as they are given.
+
+    Raises:
+        ValueError: another key, or a value <= 0.
+    """
+    if unknown := sorted(set(sizes) - set(_SIZES)):
+        raise ValueError(f"code_tests: sizes has no {unknown[0]!r}; it has {', '.join(_SIZES)}")
+    return Limits(**seconds, **{_SIZES[key][0]: int(value * _SIZES[key][1]) for key, value in sizes.items()})
 
 
 def run_tests(

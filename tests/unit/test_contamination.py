@@ -478,7 +478,7 @@ def test_what_is_common_is_told_from_either_set() -> None:
     """FRAME is 14 of 29 words. In 6 of 6 held-out problems it is common, however much is trained on; so it is with 3
     held-out ones when 30 training problems have it; but not when one text that has it is there 30 times."""
     framed = [f"{FRAME} {numbered(10 * i, 10 * i + 15)}" for i in range(28)]
-    others = [f"{WORDS[i]} {WORDS[2 * i % 299]} {i}" for i in range(300)] * 4
+    others = [f"{WORDS[i % 300]} {i}" for i in range(1000)]
     held = problems(*(f"{FRAME} {' '.join(reversed(WORDS[15 * i : 15 * i + 15]))}" for i in range(6)))
     options: dict[str, Any] = {"mode": "warn", "min_share": 0.4, "warn": lambda text: None}
     assert check_contamination(problems(framed[0], *others), held, **options) == []

@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,82 +20,9 @@ from evals.output_folder import each_sample, read_summary
 from evals.page import write_pages
 from evals.page_blocks import Code, Heading, Paragraph, Quote, Table, percent, to_html, to_markdown, visible
 from evals.page_digest import Digest
-from evals.plots import Point, accuracy_plot, length_plot, pass_at_k_plot
 from evals.samples import Sample, Status
 from tests.unit.eval_folders import evaluation, results, sample, summary, write_folder
-
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "</code></pre><img src=x onerror=alert(1)>",
-    '"><svg onload=alert(1)>',
-    "' onmouseover='alert(1)",
-    "<!-- ",
-    "]]> <![CDATA[",
-    "&lt;b&gt; &#60;i&#62; &amp;",
-    "[click](https://evil.example) ![i](https://evil.example/i.png)",
-    "<https://evil.example> https://evil.example www.evil.example a@evil.example",
-    "[ref]: https://evil.example\n\n[ref]",
-    "```\n# out\n```",
-    "~~~\n``````````\n<b>out</b>\n~~~",
-    "a | b || c \\| d \\\\| e",
-    "`tick` ``two`` |",
-    "- item\n1. item\n> quote\n# head\n---\n***",
-    "| a | b |\n| - | - |\n| 1 | 2 |",
-    "$\\frac{1$ $$x$$ {{ 7 * 7 }} {% raw %} ${7*7}",
-    "\x1b[2J\x1b]0;title\x07 \x00 \r\n \x85 \u2028 \x0b",
-    "\u202eabc\u2066 \ufeff \ud83d half",
-    "</style><style>*{display:none}",
-    "",
-    " ",
-    "\n",
-    "\\",
-]
-
-
-class Structure(HTMLParser):
-    """Tags with their attributes' names, and the text between them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, tuple[str, ...]]] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text: list[str] = []
-        self.others: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == [], "every tag is closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, tuple(name for name, _ in attrs)))
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def handle_comment(self, data: str) -> None:
-        self.others.append(data)
-
-    def handle_pi(self, data: str) -> None:
-        self.others.append(data)
-
-    def unknown_decl(self, data: str) -> None:
-        self.others.append(data)
-
-
-def markdown_tokens(text: str) -> list[Any]:
-    markdown_it = pytest.importorskip("markdown_it")
-    tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
-    return [inner for token in tokens for inner in (token, *(token.children or ()))]
+from tests.unit.hostile_pages import HOSTILE, Structure, markdown_tokens
 
 
 def small(text: str = "plain") -> dict[str, list[Sample]]:
@@ -426,66 +352,6 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
         write_pages(folder)
     assert [(folder / name).read_bytes() for name in ("report.md", "report.html")] == before
     assert not list(folder.glob(".*"))
-
-
-# --- plots -----------------------------------------------------------------------------------------------------------
-
-
-def colours(svg: str) -> set[str]:
-    return set(re.findall(r"#[0-9a-fA-F]{3,6}\b", re.sub(r'(?:href|url\()="?#[^")]*', "", svg)))
-
-
-def test_plots_take_their_colours_from_the_page() -> None:
-    point = Point(name="a", value=0.5, ci95=(0.25, 0.75))
-    for svg in (
-        accuracy_plot([point], title="t", key="k"),
-        accuracy_plot([point], title="t", key="k", difference=True),
-        pass_at_k_plot({1: point, 2: point, 4: point}, majority={4: point}, title="t", key="k"),
-        length_plot([10, 20, 3000], [5, 9], limit=2048, title="t", key="k"),
-    ):
-        assert colours(svg) == set() and "var(--right)" in svg
-        assert "rgb(" not in svg and "black" not in svg
-        ids = re.findall(r'\bid="([^"]*)"', svg)
-        assert len(set(ids)) == len(ids) and all(one.startswith("k-") for one in ids)
-        references = set(re.findall(r'(?:url\(|href=")#([^")]*)', svg))
-        assert references <= set(ids)
-
-
-def test_an_interval_is_drawn_where_it_lies() -> None:
-    """25, 50 and 75 per cent: the point lies half way between the ends of its line."""
-    svg = accuracy_plot([Point(name="a", value=0.5, ci95=(0.25, 0.75))], title="t", key="k")
-    lines = re.findall(
-        r'd="M ([\d.]+) ([\d.]+)\s+L ([\d.]+) ([\d.]+)\s*" [^>]*stroke: var\(--right\); stroke-width: 2"', svg
-    )
-    (x0, y0, x1, y1) = map(float, lines[0])
-    dots = [(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', svg)]
-    assert y0 == y1 and any(x == pytest.approx((x0 + x1) / 2) and y == pytest.approx(y0) for x, y in dots)
-    assert "a 50.0 [25.0, 75.0]" in svg
-
-
-def test_names_in_plots_are_text() -> None:
-    points = [Point(name=text, value=0.1, ci95=(0.0, 0.2)) for text in HOSTILE]
-    svg = accuracy_plot(points, title="".join(HOSTILE), key="k")
-    found = Structure(svg)
-    assert {tag for tag, _ in found.tags} <= {"svg", "g", "path", "text", "tspan", "use", "defs", "clippath", "rect"}
-    assert not any(name.startswith("on") for name, _ in found.attributes)
-    assert "<script>alert(1)</scrip…" in found.text and "$\\frac{1$" in "".join(found.text)
-    svg.encode("utf-8")
-
-
-@pytest.mark.parametrize(
-    ("right", "wrong"), [([1], []), ([], [7]), ([5, 5, 5], [5]), ([0, 0], [1]), (list(range(1, 5000, 7)), [32768])]
-)
-def test_lengths_of_every_shape_are_drawn(right: Sequence[int], wrong: Sequence[int]) -> None:
-    svg = length_plot(right, wrong, limit=32768, title="t", key="k")
-    assert (f"right: {len(right):,}" in svg) == bool(right) and (f"wrong: {len(wrong):,}" in svg) == bool(wrong)
-
-
-def test_classes_of_length_hold_as_many_lengths_each() -> None:
-    svg = length_plot(list(range(10, 64)), [], limit=0, title="t", key="k")  # 54 lengths: 18 classes of three
-    outline = re.findall(r'd="M ([^"]*)"[^>]*stroke: var\(--right\); stroke-width: 2', svg)[0]
-    heights = {float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", outline)}
-    assert len(heights) == 2, "a flat top and the ground"
 
 
 def test_percent() -> None:
