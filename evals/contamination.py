@@ -22,6 +22,8 @@ from rollout.types import Problem
 MODES = ("refuse", "warn", "off")
 SOLUTIONS = ("solution", "answer", "code", "canonical_solution", "rationale", "explanation")
 """Columns of a benchmark's rows that hold a reference solution, whatever their case."""
+QUESTIONS = ("question", "problem", "prompt", "text", "query", "instruction")
+"""Columns that hold a question, however much a prompt puts around it."""
 _GENERATED = "reasoning_gym:"
 _SPAN_CHARACTERS = 160
 _PROMPT, _SOURCE = "prompt", "source"  # what the policy sees, and what stood there before a rewrite
@@ -122,9 +124,11 @@ def passages_of(benchmark: str, problems: Iterable[Problem], *, solutions: bool 
     for problem in problems:
         texts = {name: value for name, value in problem.metadata.items() if isinstance(value, str)}
         yield Passage(benchmark, problem.id, problem.prompt)
-        bare = max((value.strip() for value in texts.values() if value.strip() in problem.prompt), key=len, default="")
+        inside = {value.strip(): name.lower() for name, value in texts.items() if value.strip() in problem.prompt}
+        bare = max(inside, key=len, default="")
         # Not a subject or a level that the prompt happens to name.
-        if len(problem.prompt) / 3 < len(bare) < len(problem.prompt.strip()):
+        long_enough = len(bare) > len(problem.prompt) / 3 or inside.get(bare) in QUESTIONS
+        if bare and bare != problem.prompt.strip() and long_enough:
             yield Passage(benchmark, problem.id, bare)
         for name, value in texts.items():
             if solutions and name.lower() in SOLUTIONS and value not in (problem.answer, bare):

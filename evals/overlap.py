@@ -2,12 +2,12 @@
 
 Two rules, after :mod:`evals.wording` has normalised both sides:
 
-* **span**: a run of at least ``n`` words (10, as in arXiv 2501.12948) stands in both, and at least ``n`` of them are
-  the passage's own. Words are *not* its own inside a common phrase: a run of ``(n + 1) // 2`` words that occurs in 1 %
-  of the benchmark's problems, and in at least five ("let x be a real number", the frame of a generated problem).
-* **whole**: questions with fewer than ``n`` own words have no such span. They are compared whole, the signs between
-  the words included (``3 + 5 - 2`` is not ``3 - 5 + 2``). One of fewer than ``n`` words must moreover stand by itself,
-  between line breaks or the ends of sentences; one of one or two words must be the whole text.
+* **span**: a run of at least ``n`` words (10, as in arXiv 2501.12948) stands in both, and at least half of ``n`` of
+  them are the passage's own. Words are *not* its own inside a common phrase: a run of ``(n + 1) // 2`` words that
+  occurs in 1 % of the benchmark's problems, and in at least five ("let x be a real number", a generator's frame).
+* **whole**: questions with fewer words, or fewer own words, have no such span. They are compared whole, the signs
+  between the words included (``3 + 5 - 2`` is not ``3 - 5 + 2``). One of fewer than ``n`` words must moreover stand by
+  itself, between line breaks or the ends of sentences; one of one or two words must be the whole text.
 
 Equal fingerprints (:func:`rollout.prompts.fingerprint`) are a whole match too, whatever the words are.
 
@@ -139,7 +139,6 @@ class OverlapIndex:
         """By passage, the runs of its positions that count."""
         reached: dict[tuple[int, int], int] = {}  # (passage, offset) -> end of the run that was followed there
         spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        least = 2 * self.n
         for index, key in enumerate(_hashes(said, self._k, self._stride)):
             place = index * self._stride
             for number, position in self._places(key):
@@ -150,7 +149,7 @@ class OverlapIndex:
                 start, end = _extend(text.words, said, position, place)
                 reached[line] = place + end - position
                 # Hashes may collide: a run that is none is too short here.
-                if text.own[end] - text.own[start] >= least:
+                if text.total[end] - text.total[start] >= 2 * self.n and text.own[end] - text.own[start] >= self.n:
                     spans[number].append((start, end))
         return spans
 
@@ -245,7 +244,7 @@ class OverlapIndex:
                 else:
                     kept.add(position % self._stride)
             text.own = [0, *accumulate(own)]
-            if text.own[-1] < 2 * self.n or len(kept) < self._stride:
+            if text.total[-1] < 2 * self.n or text.own[-1] < self.n or len(kept) < self._stride:
                 unreachable.add(number)
         for key in set().union(*common.values()):
             kept = [n << _BITS | p for n, p in self._places(key) if key not in common[self._texts[n].passage.benchmark]]

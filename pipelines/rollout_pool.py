@@ -13,10 +13,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from pipelines.actors import Handle, settle
@@ -70,7 +71,7 @@ class WeightSource:
 
     Attributes:
         update: the published version; None where engines keep the weights that they have read themselves.
-        canary: prompts for the attestation by meaning.
+        canary: prompts for the attestation by meaning; none leaves it out, where an evaluation was told to.
         score: log-probabilities of tokens 1..T-1 of given sequences under the published weights.
         margins: how near to a tie the routing of their tokens 0..T-2 is; asked for only when they differ.
         describe: token ids -> readable tokens, for the error message.
@@ -120,6 +121,8 @@ class RolloutPool:
         self._slots = [_Slot(index) for index in range(workers)]
         self._source: WeightSource | None = None
         self._replaced = 0
+        self._finished: SimpleQueue[tuple[_Slot, Future[Any]]] = SimpleQueue()
+        self._looked_at = 0.0
 
     def start(self) -> None:
         """Begins to start every worker; returns at once."""
@@ -159,10 +162,9 @@ class RolloutPool:
         queue = deque(jobs)
         while queue or any(slot.in_flight for slot in self._slots):
             self._dispatch(queue)
-            futures = [f for slot in self._slots for f in (*slot.in_flight, *filter(None, [slot.starting]))]
-            wait(futures, timeout=_POLL_S, return_when=FIRST_COMPLETED)
-            for slot in self._slots:
-                yield from self._collect(slot, queue)
+            for slot, future in self._next_finished():
+                yield from self._collect(slot, future, queue)
+            self._look_for_hung_ones(queue)
 
     def check_starting(self) -> None:
         """Tells early, while the workers still start, of a model or an option that no worker can run.
@@ -186,6 +188,24 @@ class RolloutPool:
         slot.version, slot.in_flight = -1, {}
         slot.handle = self._launch(slot.index)
         slot.starting, slot.started_at = slot.handle.submit("ready"), time.monotonic()
+        self._watch(slot, slot.starting)
+
+    def _watch(self, slot: _Slot, future: Future[Any]) -> None:
+        """The future comes out of ``_next_finished`` when it is done."""
+        future.add_done_callback(lambda done: self._finished.put((slot, done)))
+
+    def _next_finished(self) -> list[tuple[_Slot, Future[Any]]]:
+        """What has finished, after the first of it came or a poll's time passed.
+
+        Each finished future is looked at once: to wait for hundreds of them anew, whenever one finishes, was seen to
+        take a tenth of a core.
+        """
+        found: list[tuple[_Slot, Future[Any]]] = []
+        with suppress(Empty):
+            found.append(self._finished.get(timeout=_POLL_S))
+            while True:
+                found.append(self._finished.get_nowait())
+        return found
 
     def _dispatch(self, queue: deque[Job]) -> None:
         """Hands jobs to the least loaded workers that hold the current version."""
@@ -200,28 +220,39 @@ class RolloutPool:
             assert slot.handle is not None
             future = slot.handle.submit("generate", job.requests, job.params)
             slot.in_flight[future] = (job, time.monotonic())
+            self._watch(slot, future)
 
-    def _collect(self, slot: _Slot, queue: deque[Job]) -> Iterator[RolloutGroup]:
-        """Takes what a worker finished; replaces it when it died or hung."""
-        if slot.starting is not None:
-            if slot.starting.done():
-                self._bring_up([slot])
-            elif time.monotonic() - slot.started_at > _START_TIMEOUT_S:
-                self._replace(slot, f"not ready within {_START_TIMEOUT_S:g} s", queue)
+    def _collect(self, slot: _Slot, future: Future[Any], queue: deque[Job]) -> Iterator[RolloutGroup]:
+        """Takes what a worker finished; replaces it when it died."""
+        if future is slot.starting:
+            self._bring_up([slot])
             return
-        for future, (job, since) in list(slot.in_flight.items()):
-            if not future.done():
-                if time.monotonic() - since > self._config.timeout_s:
-                    self._replace(slot, f"no answer for {self._config.timeout_s:g} s (problem {job.problem.id})", queue)
-                    return
+        if future not in slot.in_flight:
+            return  # of a worker that was replaced meanwhile
+        try:
+            completions = settle(future)
+        except EngineDied as error:
+            self._replace(slot, str(error), queue)
+            return
+        job, _ = slot.in_flight.pop(future)
+        yield RolloutGroup(problem=job.problem, rollouts=tuple(Rollout(completion=c) for c in completions))
+
+    def _look_for_hung_ones(self, queue: deque[Job]) -> None:
+        """Replaces workers that have not answered for too long."""
+        now = time.monotonic()
+        if now - self._looked_at < _POLL_S:
+            return
+        self._looked_at = now
+        for slot in self._slots:
+            if slot.starting is not None:
+                if not slot.starting.done() and now - slot.started_at > _START_TIMEOUT_S:
+                    self._replace(slot, f"not ready within {_START_TIMEOUT_S:g} s", queue)
                 continue
-            try:
-                completions = settle(future)
-            except EngineDied as error:
-                self._replace(slot, str(error), queue)
-                return
-            del slot.in_flight[future]
-            yield RolloutGroup(problem=job.problem, rollouts=tuple(Rollout(completion=c) for c in completions))
+            late = [job for f, (job, since) in slot.in_flight.items()
+                    if not f.done() and now - since > self._config.timeout_s]  # fmt: skip
+            if late:
+                reason = f"no answer for {self._config.timeout_s:g} s (problem {late[0].problem.id})"
+                self._replace(slot, reason, queue)
 
     def _replace(self, slot: _Slot, reason: str, queue: deque[Job]) -> None:
         """Starts another worker in the place of a lost one; its jobs go back to the front of the queue."""
@@ -266,12 +297,15 @@ class RolloutPool:
             steps: list[tuple[str, tuple[Any, ...], Callable[[_Slot, Any], None]]] = []
             if (update := source.update) is not None:
                 steps.append(("update_weights", (update,), partial(_check_bytes, update)))
-            steps.append(("canary", (source.canary, CANARY_TOKENS), attested))
+            if source.canary:
+                steps.append(("canary", (source.canary, CANARY_TOKENS), attested))
             for method, arguments, done in steps:
                 alive, more = self._ask_all(
                     alive, partial(_submit, method=method, arguments=arguments), done, self._config.timeout_s
                 )
                 lost += more
+            for slot in alive if not source.canary else ():
+                slot.version = source.version
             pending = lost
         return gaps
 
