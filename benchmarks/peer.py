@@ -1,4 +1,4 @@
-"""A peer in a process of its own: its threads, memory and patches stay there. Standard library only.
+"""A peer in a process of its own: its threads, memory and patches stay there, and what it started ends with it.
 
 ``Peer`` starts ``serve(connection, *arguments)`` of a module in a fresh process; both then exchange messages in
 turns.
@@ -6,13 +6,20 @@ turns.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import signal
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 _POLL_S = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 class PeerFailed(RuntimeError):
@@ -72,12 +79,14 @@ class Peer:
         return content
 
     def close(self) -> None:
-        """Ends the process; safe to call twice."""
+        """Ends the process and all that it started; safe to call twice."""
         self._connection.close()
+        left = _descendants(self._process.pid) if self._process.is_alive() else []
         self._process.join(10)
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()
             self._process.join()
+        _kill(left)
 
     def __enter__(self) -> Peer:
         return self
@@ -106,6 +115,9 @@ class Port:
 
 
 def _guarded(serve: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         serve(Port(connection), *arguments)
     except (EOFError, BrokenPipeError):  # nobody asks any more: the normal end
@@ -114,3 +126,16 @@ def _guarded(serve: Callable[..., None], connection: Connection, arguments: tupl
         connection.send(("error", traceback.format_exc()))
     finally:
         connection.close()
+        _kill(_descendants(None))  # vLLM's processes, for one, live on without their parent
+
+
+def _descendants(pid: int | None) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

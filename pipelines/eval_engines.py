@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,29 +19,11 @@ from pipelines.resources import actor, count_gpus, own_cores, start_ray
 from pipelines.rollout_pool import Job, RolloutPool, SyncReport, WeightSource, canary_prompts
 from policy.checkpoint import check_model
 from policy.config import ModelConfig
-from rollout.engine import EngineConfig, GenerateRequest
-from rollout.types import Problem, RolloutGroup, SamplingParams
+from rollout.engine import EngineConfig
+from rollout.types import RolloutGroup
 
 _CANARY_PROMPTS = 2
 _EXAMPLE_LENGTH = 48  # tokens of a real prompt that an attestation looks at
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DrawJob:
-    """One completion to draw.
-
-    Attributes:
-        problem: whom it belongs to.
-        prompt_token_ids: its rendered prompt. [T_prompt]
-        sample_index, seed: which of the problem's samples, and its sampling seed.
-        params: how tokens are drawn.
-    """
-
-    problem: Problem
-    prompt_token_ids: tuple[int, ...]
-    sample_index: int
-    seed: int
-    params: SamplingParams
 
 
 class CheckpointEngines:
@@ -115,21 +97,14 @@ class CheckpointEngines:
         self._end_reference()
         return report
 
-    def draw(self, jobs: Iterable[DrawJob]) -> Iterator[RolloutGroup]:
-        """Yields each job's completion as a group of one, as they finish, in any order.
+    def draw(self, jobs: Iterable[Job]) -> Iterator[RolloutGroup]:
+        """Yields each job's completions as a group, as they finish, in any order.
 
         Raises:
             ValueError: a prompt does not fit into the context.
             WorkerFailure: too many engines died.
         """
-        yield from self._pool.generate(
-            Job(
-                problem=job.problem, params=job.params,
-                requests=(GenerateRequest(
-                    prompt_token_ids=job.prompt_token_ids, sample_index=job.sample_index, seed=job.seed),),
-            )
-            for job in jobs
-        )  # fmt: skip
+        yield from self._pool.generate(jobs)
         self._end_reference()
 
     def close(self) -> None:

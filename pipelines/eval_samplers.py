@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,8 +16,12 @@ from rollout.types import Problem, SamplingParams
 
 if TYPE_CHECKING:
     from pipelines.eval_engines import CheckpointEngines
-    from pipelines.rollout_pool import SyncReport
+    from pipelines.rollout_pool import Job, SyncReport
     from rollout.endpoint_protocol import EndpointConfig
+
+
+_SLOWEST_S = 0.5  # seconds of a token, at worst, in an engine that is not hung
+_TOGETHER = 4096  # tokens, at most, of the samples of one problem that are asked for in one call
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +156,9 @@ class EngineSampler:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{longest}: {error}") from None
+        # A sample of tens of thousands of tokens may take hours beside many others; a hung engine is found all the same.
+        patience = max(self._engine.timeout_s, _SLOWEST_S * self._protocol.sampling.max_tokens)
+        self._engine = replace(self._engine, timeout_s=patience)
         self._engines = CheckpointEngines(
             self._folder, self._engine, dtype=self._dtype, seed=self._seed, note=self._note, attest=self._attest,
             cpus=self._cpus,
@@ -179,21 +187,32 @@ class EngineSampler:
             AttestationError: an engine does not compute what the checkpoint says.
             WorkerFailure: too many engines died.
         """
-        from pipelines.eval_engines import DrawJob
-
         self.ready()
         assert self._engines is not None
-        jobs = (
-            DrawJob(problem=ask.problem, prompt_token_ids=self.prompt(ask.problem), sample_index=ask.index,
-                    seed=ask.seed, params=ask.params)
-            for ask in asks
-        )  # fmt: skip
-        for group in self._engines.draw(jobs):
-            [completion] = [rollout.completion for rollout in group.rollouts]
-            yield Drawn(
-                problem=group.problem, index=completion.sample_index, seed=completion.seed, text=completion.text,
-                tokens=len(completion.token_ids), finish_reason=completion.finish_reason.value,
-            )  # fmt: skip
+        for group in self._engines.draw(self._jobs(asks)):
+            for completion in (rollout.completion for rollout in group.rollouts):
+                yield Drawn(
+                    problem=group.problem, index=completion.sample_index, seed=completion.seed, text=completion.text,
+                    tokens=len(completion.token_ids), finish_reason=completion.finish_reason.value,
+                )  # fmt: skip
+
+    def _jobs(self, asks: Iterable[Ask]) -> Iterator[Job]:
+        """Samples of one problem travel together where that costs a kill little: they are kept when all have ended."""
+        from pipelines.rollout_pool import Job
+        from rollout.engine import GenerateRequest
+
+        def same(ask: Ask) -> tuple[str, SamplingParams]:
+            return _key(ask.problem), ask.params
+
+        for _, together in groupby(asks, key=same):
+            while part := tuple(islice(together, max(1, _TOGETHER // self._protocol.sampling.max_tokens))):
+                yield Job(
+                    problem=part[0].problem, params=part[0].params,
+                    requests=tuple(
+                        GenerateRequest(
+                            prompt_token_ids=self.prompt(ask.problem), sample_index=ask.index, seed=ask.seed)
+                        for ask in part),
+                )  # fmt: skip
 
     def close(self) -> None:
         """See :class:`Sampler`."""

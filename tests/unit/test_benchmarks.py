@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -362,6 +363,40 @@ def _vanishes(port: Port) -> None:
 
     port.receive()
     os._exit(7)
+
+
+def _leaves_a_child(port: Port) -> None:
+    import subprocess
+    import sys
+
+    while True:
+        port.receive()
+        port.send(subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"]).pid)
+
+
+def _hosts_a_peer(port: Port) -> None:
+    with Peer("inner", _leaves_a_child) as peer:
+        while True:
+            port.receive()
+            port.send(peer.ask("go"))
+
+
+def test_what_a_peer_started_ends_with_it() -> None:
+    with Peer("vLLM", _leaves_a_child) as peer:
+        child = psutil.Process(peer.ask("go"))
+    assert gone(child)
+    with Peer("benchmark", _hosts_a_peer) as peer:
+        child = psutil.Process(peer.ask("go"))
+        psutil.Process(peer._process.pid).kill()
+    assert gone(child), "also when whoever started the peer is killed"
+
+
+def gone(process: psutil.Process) -> bool:
+    try:
+        process.wait(10)
+    except psutil.TimeoutExpired:
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def test_a_peer_answers_in_turns_and_ends() -> None:
