@@ -156,7 +156,7 @@ class EngineSampler:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{longest}: {error}") from None
-        # A sample of tens of thousands of tokens may take hours beside many others; a hung engine is found all the same.
+        # A sample of tens of thousands of tokens may take hours beside many others.
         patience = max(self._engine.timeout_s, _SLOWEST_S * self._protocol.sampling.max_tokens)
         self._engine = replace(self._engine, timeout_s=patience)
         self._engines = CheckpointEngines(
