@@ -232,7 +232,8 @@ def _print(summary: Mapping[str, Any], data: Sequence[BenchmarkData], out: Path)
         box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for header in ("benchmark", "n x k", "", "", "cut", "no answer", "tokens"):
-        table.add_column(header, justify="left" if header == "benchmark" else "right", overflow="fold")
+        first = header == "benchmark"
+        table.add_column(header, justify="left" if first else "right", overflow="fold", no_wrap=not first)
     for one in data:
         row = summary["results"][one.benchmark.name]
         figures = [("pass@1", row["pass_at_1"], row["ci95"])]
@@ -241,10 +242,10 @@ def _print(summary: Mapping[str, Any], data: Sequence[BenchmarkData], out: Path)
         if row.get("maj"):
             figures.append((f"maj@{row['k']}", row["maj"]["value"], row["maj"]["ci95"]))
         shares = row["shares"]
-        first = [f"{shares['truncated']:.0%}", f"{shares['unanswered']:.0%}", f"{row['tokens']['mean']:.0f}"]
+        beside = [f"{shares['truncated']:.0%}", f"{shares['unanswered']:.0%}", f"{row['tokens']['mean']:.0f}"]
         for number, (name, value, ci95) in enumerate(figures):
             head = [Text(one.benchmark.name), f"{row['n']} x {row['k']}"] if number == 0 else ["", ""]
-            table.add_row(*head, name, percent(value, ci95).removesuffix(" %"), *(first if number == 0 else [""] * 3))
+            table.add_row(*head, name, percent(value, ci95).removesuffix(" %"), *(beside if number == 0 else [""] * 3))
     console = Console()
     console.print(table)
     for one in data:

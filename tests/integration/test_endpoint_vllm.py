@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evals.samples import read_samples
+from pipelines.cli import main
 from rollout import endpoint as endpoint_module
 from rollout.endpoint import Drawn, Endpoint, EndpointConfig, EndpointError, EndpointJob
 from rollout.types import Problem, SamplingParams
@@ -113,3 +116,61 @@ def test_faults_change_nothing(endpoint: str, monkeypatch: pytest.MonkeyPatch):
         seed: found.text for seed, found in straight.items()
     }
     assert [through[seed].attempts for seed in range(8)] == [3, 3, 3, 3, 2, 1, 1, 1]
+
+
+OWN = """
+task: sums
+data_file: sums.jsonl
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+metadata: {version: 1}
+"""
+
+
+def test_a_whole_evaluation_through_faults(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """``r1 eval --endpoint``: with a server that fails now and then, and once for good, every sample is the same."""
+    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE_S", 0.01)
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n}+{n}=", "answer": str(2 * n)}) + "\n" for n in range(4))
+    )
+    (tmp_path / "sums.yaml").write_text(OWN)
+
+    def evaluate(url: str, out: str) -> int:
+        return main([
+            "eval", "--endpoint", url, "--model", "tiny", "--benchmarks", str(tmp_path / "sums.yaml"),
+            "--data-dir", str(tmp_path), "--samples", "2", "--max-tokens", "12", "--concurrency", "1", "--retries", "1",
+            "--timeout", "20", "--out", str(tmp_path / out), "--json",
+        ])  # fmt: skip
+
+    served, dies_at = 0, 4
+    with fake_endpoint() as between:
+        between.models = {"tiny": "vllm"}
+
+        def answer(request: dict[str, Any], attempt: int) -> Answer:
+            nonlocal served
+            if served >= dies_at:
+                return Answer(status=500, body="{}")
+            if attempt == 1 and served % 2 == 0:
+                return Answer(status=429, headers={"Retry-After-Ms": "20"}) if served else Answer(drop=True)
+            served += 1
+            status, body = post(endpoint, request)
+            return Answer(status=status, body=body)
+
+        between.answer = answer
+        assert evaluate(between.url, "faults") == 1
+        told = capfd.readouterr()
+        line = [line for line in told.err.splitlines() if line.startswith("r1: ")]
+        assert len(line) == 1 and "answered 500" in line[0] and "given up after 2 attempts" in line[0], told.err
+        dies_at = 99
+        assert evaluate(between.url, "faults") == 0
+        found = json.loads(capfd.readouterr().out)
+    assert evaluate(endpoint, "straight") == 0
+    samples = {
+        out: sorted(read_samples(tmp_path / out / "sums"), key=lambda sample: sample.key)
+        for out in ("faults", "straight")
+    }
+    assert samples["faults"] == samples["straight"] and len(samples["faults"]) == 8 == served
+    assert (found["results"]["sums"]["samples"], found["results"]["sums"]["missing"]) == (8, 0)
+    assert found["sampler"]["faults"]["429"] >= 1
