@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from rewards.base import Score, checks, requires
 from rewards.bounded import BoundedCalls, Overrun
+from rewards.code_judge import Verdict, judge
 from rewards.code_tasks import Task, task_of
 from rewards.isolation import isolate
-from rewards.judge import Verdict, judge
 from rewards.probe import require
 from rewards.sandbox import Limits, Status
 from rollout.template import Reasoning

@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 import types
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 number, line = next(lines)
             except StopIteration:
                 return
-            except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from error
             if not line.strip():
                 continue

@@ -101,7 +101,8 @@ class Rollout:
     Attributes:
         completion: what was sampled.
         scores: value by reward function; a function that did not apply, failed or timed out is absent.
-        errors: ``name -> "error: …" | "timeout: …"`` of the functions that failed. Never turned into a score.
+        errors: ``name -> "KIND: …"`` of the functions that failed; KIND is error, invalid, crash, memory or timeout.
+            Never turned into a score.
         metrics: further numbers that the reward functions report.
         reward: weighted sum of the scores; None when any function failed (the rollout never trains).
         advantage: filled by ``group_advantages``; None while unknown or when the rollout is left out.

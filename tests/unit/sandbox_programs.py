@@ -8,10 +8,10 @@ import shutil
 import subprocess
 from typing import Any
 
+from rewards.code_judge import Verdict
 from rewards.code_tasks import Task
 from rewards.code_tests import run_tests
 from rewards.isolation import LEVELS, at_least
-from rewards.judge import Verdict
 from rewards.probe import Probe, probe
 from rewards.sandbox import Limits
 

@@ -362,3 +362,13 @@ def test_a_stream_refuses_what_it_cannot_give():
         PromptStream([], seed=0)
     with pytest.raises(ValueError, match="asks for 6 problems and the data set has 5"):
         PromptStream(problems(5), seed=0).next(6)
+
+
+def test_a_damaged_gz_is_one_line(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    whole = bytearray(gzip.compress(b'{"prompt": "a", "answer": "b"}\n' * 500))
+    whole[30:40] = b"\xff" * 10
+    path.write_bytes(bytes(whole))
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        load_problems(DataConfig(source=f"jsonl:{path}"))
+    assert "\n" not in str(caught.value)

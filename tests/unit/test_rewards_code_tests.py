@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from rewards.base import RewardConfig, Score, check_problems
 from rewards.calling import bind
+from rewards.code_judge import candidate_names, shadowed_builtin
 from rewards.code_rows import humaneval_plus, learned_kinds, mbpp_plus, restored
 from rewards.code_tasks import BadTests, Task, task_of
 from rewards.code_tests import code_tests, last_program
 from rewards.isolation import TooWeak
-from rewards.judge import candidate_names, shadowed_builtin
 from rewards.oracles import agrees, close, same_lines
 from rewards.sandbox import Limits
 from rollout.template import split_reasoning

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rewards.code_judge import judge
 from rewards.code_tasks import Task
 from rewards.isolation import LEVELS, TooWeak, isolate
-from rewards.judge import judge
 from rewards.probe import Probe, require
 from rewards.processes import waited_for_a_core
 from rewards.sandbox import Limits
