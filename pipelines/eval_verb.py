@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--template", help="chat, raw or r1-zero")
     group.add_argument("--num-fewshot", metavar="N", type=int, help="examples before each question")
     group.add_argument("--no-force-think", action="store_true", help="do not open the thinking for the model")
+    group.add_argument("--checkpoint", metavar="WHICH", default="last", help="of a run: last, best (by its evaluations "
+                       "during training), or a kept step's number")  # fmt: skip
     group.add_argument("--limit", metavar="N", type=int, default=0, help="only N problems of each benchmark")
     group.add_argument("--seed", type=int, default=0, help="of all sampling")
     group.add_argument("--data-dir", metavar="DIR", type=Path, help="where the data lie; else R1_DATA, else the hub")
@@ -116,7 +118,7 @@ def _model_of(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from pipelines.run_dir import model_folder
 
     path = Path(options.model).expanduser()
-    folder = model_folder(path) if path.exists() else _downloaded(options.model)
+    folder = model_folder(path, options.checkpoint) if path.exists() else _downloaded(options.model)
     return str(folder if path.exists() else options.model), {"model": options.model, "weights": fingerprint(folder)}
 
 
@@ -170,7 +172,7 @@ def _sampler(options: argparse.Namespace, model: str, protocol: Protocol, note: 
     from pipelines.run_dir import model_folder
 
     path = Path(options.model).expanduser()
-    folder = model_folder(path) if path.exists() else _downloaded(options.model)
+    folder = model_folder(path, options.checkpoint) if path.exists() else _downloaded(options.model)
     return EngineSampler(
         folder, protocol, _engine(options), dtype=_dtype(options.dtype), seed=options.seed, note=note,
         attest=not options.no_attest,

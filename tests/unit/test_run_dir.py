@@ -447,3 +447,24 @@ def test_which_model_a_path_means(tmp_path: Path) -> None:
     assert model_folder(tmp_path / "run" / "01-sft") == tmp_path / "run" / "01-sft" / "model"
     with pytest.raises(ValueError, match="holds no model"):
         model_folder(tmp_path / "run" / "04-eval")
+
+
+def test_the_best_checkpoint_is_the_one_whose_evaluation_was_best(tmp_path: Path) -> None:
+    stage = tmp_path / "03-grpo"
+    for step in (10, 20, 30):
+        folder = stage / "checkpoints" / f"step-{step:06d}"
+        (folder / "model").mkdir(parents=True)
+        (folder / "complete.json").write_text("{}")
+    (stage / "checkpoints" / ".partial-step-000040").mkdir()
+    with pytest.raises(ValueError, match=r"none of the kept checkpoints \(10, 20, 30\) was evaluated"):
+        model_folder(tmp_path, "best")
+    # Means .5, .6, .55 and, not kept any more, .9. A line is logged by the step that the evaluation followed.
+    shares = {9: (0.4, 0.6), 19: (0.9, 0.3), 29: (0.5, 0.6), 4: (0.9, 0.9)}
+    rows = [{"step": s, "results": {"a": {"pass_at_1": a}, "b": {"pass_at_1": b}}} for s, (a, b) in shares.items()]
+    (stage / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert model_folder(tmp_path, "best") == stage / "checkpoints/step-000020/model" == model_folder(stage, "best")
+    assert model_folder(tmp_path, "30") == stage / "checkpoints/step-000030/model"
+    with pytest.raises(ValueError, match="no checkpoint '40': take last, best or one of 10, 20, 30"):
+        model_folder(tmp_path, "40")
+    with pytest.raises(ValueError, match="holds no checkpoints"):
+        model_folder(stage / "checkpoints", "best")
