@@ -169,10 +169,15 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
 
         if options.benchmarks is None:
             raise ValueError("--endpoint needs --benchmarks: which are to be evaluated")
+        if options.recipe is not None:
+            raise ValueError("--recipe and --benchmarks exclude each other")
         if options.endpoint is not None and options.model is not None:
             raise ValueError("MODEL and --endpoint exclude each other: the endpoint's model is named with --model")
         with _terminated_like_interrupted():
             return run(options)
+    from pipelines.eval_verb import refuse_leftovers
+
+    refuse_leftovers(options)
     if options.model is None:
         raise ValueError("name a MODEL (a Hugging Face folder or id, a run folder), or --endpoint with --benchmarks")
     from pipelines.run_dir import brief, model_folder

@@ -54,6 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key-env", metavar="VAR", default="OPENAI_API_KEY", help="variable that holds the key")
 
 
+def refuse_leftovers(options: argparse.Namespace) -> None:
+    """Without ``--benchmarks`` these options mean nothing, and none of them is passed over.
+
+    Raises:
+        ValueError: names the first that was given.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    for dest, value in vars(parser.parse_args([])).items():
+        if dest != "benchmarks" and getattr(options, dest) != value:
+            name = "model" if dest == "served" else dest.replace("_", "-")
+            raise ValueError(f"--{name} is for benchmarks: add --benchmarks A,B, or leave it out")
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, and prints the table of figures.
 

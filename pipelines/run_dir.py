@@ -330,8 +330,8 @@ def _checkpoint_model(path: Path, which: str) -> Path:
     known = {step: scores[step] for step in steps if step in scores}
     if not known:
         raise ValueError(
-            f"{parent.parent}: none of the kept checkpoints ({kept}) was evaluated while it was trained: set eval_every "
-            "and run.keep_checkpoints, or name a step"
+            f"{parent.parent}: none of the kept checkpoints ({kept}) was evaluated while it was trained: set "
+            "eval_every and run.keep_checkpoints, or name a step"
         )
     return steps[max(known, key=lambda step: (known[step], step))] / "model"
 

@@ -289,6 +289,9 @@ def test_weights_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
         (["--benchmarks", "gsm8k", "--endpoint", "http://localhost:1/v1"], "--model NAME"),
         (["MODEL", "--endpoint", "http://localhost:1/v1", "--benchmarks", "gsm8k"], "exclude each other"),
         (["--endpoint", "http://localhost:1/v1"], "--endpoint needs --benchmarks"),
+        (["MODEL", "--samples", "4"], "--samples is for benchmarks"),
+        (["MODEL", "--no-attest", "--recipe", "r1-tiny"], "--no-attest is for benchmarks"),
+        (["MODEL", "--benchmarks", "gsm8k", "--recipe", "r1-tiny"], "exclude each other"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(arguments: list[str], words: str, tmp_path: Path, capsys: Any) -> None:
