@@ -94,7 +94,7 @@ class EngineConfig:
 
     Attributes:
         workers: number of rollout workers (engines); 0 = one per core on a CPU (at most 4), one per GPU beside the
-            learner's.
+            learner's. With another number each has other cores, and sums round differently in their last bits.
         max_model_len: context in tokens, prompt and completion together, >= 32.
         max_num_seqs: most sequences that one engine decodes at once.
         kv_cache_gib: KV cache of a CPU engine, GiB.
