@@ -117,6 +117,10 @@ class Benchmark:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+:-]+", self.name) or self.name.startswith("."):
             raise ValueError(f"the name of a benchmark is made of letters, digits and . + : - _, got {self.name!r}")
+        if self.name in ("eval.json", "summary.json", "events.jsonl", "report.md", "report.html"):
+            raise ValueError(f"a benchmark cannot be called {self.name}: that is a file of the results")
+        if len(str(self.version)) > 100:
+            raise ValueError("metadata.version is a short text or a number")
         if not self.version:
             raise ValueError("a benchmark needs a version (metadata.version)")
         if not self.doc_to_text.strip():

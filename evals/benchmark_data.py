@@ -7,9 +7,10 @@ that the grader cannot read, an id that occurs twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def load_benchmark(
         )
     _check(benchmark, problems)
     return BenchmarkData(benchmark=benchmark, problems=problems[: limit or None], files=[file])
+
+
+def digest(data: BenchmarkData) -> str:
+    """Hash over what verdicts depend on beside the completions: problems, gold answers, the grader and its source."""
+    benchmark = data.benchmark
+    path = benchmark.grader.path.partition(":")[0]
+    places = [Path(path).expanduser(), Path(benchmark.folder) / path]
+    found = [each for each in places if path.endswith(".py") and each.is_file()]
+    source = found[0].read_text("utf-8", "replace") if found else ""
+    told = [
+        asdict(benchmark.grader), source, benchmark.base_answer, benchmark.answer_prefix, benchmark.until,
+        [(problem.id, problem.prompt, problem.answer) for problem in data.problems],
+    ]  # fmt: skip
+    return hashlib.blake2b(json.dumps(told, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _processed(benchmark: Benchmark, rows: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

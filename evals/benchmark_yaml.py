@@ -282,7 +282,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ValueError(f"{place}: this is not valid YAML: {one_line(Exception(error.problem or error))}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: this is not valid YAML: {one_line(error)}") from None
     finally:
         loader.dispose()

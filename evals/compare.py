@@ -115,6 +115,9 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         one, other = (json.dumps(side[path]) if path in side else "nothing" for side in (left, right))
         if one != other:
             found.append(f"{path} is {one} against {other}")
+    thinks = [side.get("forced_think") for side in (a, b)]
+    if None not in thinks and thinks[0] != thinks[1]:
+        found.append(f"completions that begin inside a thinking: {thinks[0]} against {thinks[1]}")
     for name in a["results"]:
         if name in b["results"]:
             for key in ("version", "k"):
@@ -163,6 +166,10 @@ def _compare_one(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple
     notes += [
         f"{name}: samples of the {which} that are not drawn yet: {int(row['missing'])}"
         for which, row in (("first", a), ("second", b)) if row.get("missing")
+    ]  # fmt: skip
+    notes += [
+        f"{name}: the grader failed on {row['shares']['error']:.1%} of the samples of the {which}; they are left out"
+        for which, row in (("first", a), ("second", b)) if (row.get("shares") or {}).get("error")
     ]  # fmt: skip
     old, new = ([side[problem] for problem in ids] for side in shares)
     changes = [y - x for x, y in zip(old, new, strict=True)]

@@ -170,6 +170,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     Raises:
         SampleFileError: the disk is full, or the file cannot be written.
     """
+    if path.exists():
+        raise ValueError(f"{path} is there already, and an export overwrites nothing: remove it, or name another --to")
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     data = "".join(lines).encode("utf-8", "backslashreplace")  # half a surrogate pair as its JSON escape
     write_bytes(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

@@ -326,4 +326,5 @@ def _limit(summary: Mapping[str, Any]) -> int:
 
 def _natural(text: str) -> list[Any]:
     """``Level 10`` after ``Level 9``."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+    parts = re.split(r"([0-9]{1,18})", text)
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]

@@ -96,8 +96,10 @@ class Sample:
         if unknown := [name for name in row if name not in names]:
             raise ValueError(f"{unknown[0]} is unknown")
         for name in ("doc_id", "index", "tokens", "seed"):
-            if type(row[name]) is not int:
+            if type(row[name]) is not int or (row[name] < 0 and name != "seed"):
                 raise ValueError(f"{name} must be a whole number, got {row[name]!r}")
+        if row["score"] is not None and type(row["score"]) not in (int, float):
+            raise ValueError(f"score must be a number or null, got {row['score']!r}")
         for name in ("benchmark", "problem", "prompt_hash", "text", "finish_reason"):
             if type(row[name]) is not str:
                 raise ValueError(f"{name} must be a text, got {row[name]!r}")
@@ -298,12 +300,22 @@ def _drawn_rows(path: Path) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
 def _drawn_row(path: Path, number: int, line: bytes) -> tuple[tuple[str, int], dict[str, Any]]:
     try:
         row = json.loads(line)
-        return (str(row["problem"]), int(row["index"])), dict(row["completion"])
-    except (ValueError, TypeError, KeyError):
+        completion = dict(row["completion"])
+        if completion and not _is_whole(completion):
+            raise ValueError
+        return (str(row["problem"]), int(row["index"])), completion
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise SampleFileError(
             f"{path}, line {number}: no drawn completion; delete the line (`sed -i {number}d {path}`), and it is drawn "
             "again"
         ) from None
+
+
+def _is_whole(completion: Mapping[str, Any]) -> bool:
+    """The fields that are there are what they should be; who draws says which there are."""
+    kinds = {"text": str, "seed": int, "tokens": int, "finish_reason": str}
+    right = all(type(completion[name]) is kind for name, kind in kinds.items() if name in completion)
+    return right and completion.get("finish_reason", "stop") in ("stop", "length") and completion.get("tokens", 0) >= 0
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -143,8 +143,9 @@ def _is(sample: Sample, name: str) -> bool:
 
 def _tokens(ordered: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """Length of a sample. The mean is over problems too; it has no interval where there are fewer than two."""
-    lengths = [sample.tokens for each in ordered.values() for sample in each]
-    means = [fmean(sample.tokens for sample in each) for each in ordered.values()]
+    counted = [kept for each in ordered.values() if (kept := [s.tokens for s in each if s.tokens or not s.text])]
+    lengths = [tokens for each in counted for tokens in each]
+    means = [fmean(each) for each in counted]
     mean, error = fmean(means) if means else 0.0, standard_error(means)
     half = None if error is None else t_quantile(0.975, len(means) - 1) * error
     return {
@@ -152,6 +153,7 @@ def _tokens(ordered: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
         "mean_ci95": None if half is None else [max(0.0, mean - half), mean + half],
         "max": max(lengths, default=0),
         "total": sum(lengths),
+        "uncounted": sum(map(len, ordered.values())) - len(lengths),  # an endpoint need not say how long a text is
     }
 
 

@@ -269,6 +269,8 @@ def _guarded(
 
 
 def _fail(answer: dict[str, Any], text: str, kind: str) -> int:
+    # What comes from data or a model must not act on the terminal.
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     print(f"r1: {text}", file=sys.stderr)
     answer.clear()
     answer.update({"error": text, "type": kind})

@@ -41,7 +41,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.format not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {options.format!r}")
     folder = OutputFolder.read(options.folder, options.benchmark)
-    samples = {name: found for name in folder.names if (found := read_samples(folder.path / name))}
+    ks = {name: int(row.get("k", 0)) for name, row in folder.summary()["results"].items()}
+    samples = {
+        name: found for name in folder.names
+        if (found := [s for s in read_samples(folder.path / name) if not ks.get(name) or s.index < ks[name]])
+    }  # fmt: skip
     if not samples:
         raise ValueError(f"{folder.path} holds no samples yet")
     to: Path = options.to.expanduser()

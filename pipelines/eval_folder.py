@@ -90,17 +90,18 @@ class OutputFolder:
         finally:
             lock.release()
 
-    def now_graded_as(self, versions: Mapping[str, str]) -> None:
-        """Notes the benchmarks' versions by which all samples are graded now, so that the evaluation goes on with them.
+    def now_graded_as(self, graded: Mapping[str, Mapping[str, Any]]) -> None:
+        """Notes by which version, data and grader samples are graded now, so that the evaluation goes on with them.
+
+        Args:
+            graded: by benchmark ``version``, ``files`` and ``digest``.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        rows = {name: {**row, "version": versions.get(name, row.get("version"))}
-                for name, row in self.asked["benchmarks"].items()}  # fmt: skip
+        rows = {name: {**row, **graded.get(name, {})} for name, row in self.asked["benchmarks"].items()}
         if rows != self.asked["benchmarks"]:
-            text = json.dumps({**self.asked, "benchmarks": rows}, indent=2, ensure_ascii=False) + "\n"
-            write_atomic(self.path / "eval.json", text)
+            write_atomic(self.path / "eval.json", json.dumps({**self.asked, "benchmarks": rows}, indent=2) + "\n")
 
     def load(self, name: str, data_dir: Path | None) -> BenchmarkData:
         """The problems of one of its benchmarks, as they were asked.
@@ -130,10 +131,12 @@ class OutputFolder:
             found = json.loads((self.path / "summary.json").read_text("utf-8"))
         except (FileNotFoundError, ValueError):  # a damaged one is written anew from the samples
             found = {}
+        found = found if isinstance(found, dict) else {}
         model = self.asked.get("model")
         model = model.get("model") if isinstance(model, dict) else model
         begun = {"model": model, "protocol": self.protocol.to_json(), "seed": self.asked["seed"], "seconds": 0.0}
-        return {**begun, **found, "results": dict(found.get("results", {})), "files": dict(found.get("files", {}))}
+        rows = {key: found[key] if isinstance(found.get(key), dict) else {} for key in ("results", "files")}
+        return {**begun, **found, **rows}
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -142,7 +145,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_pages(folder)
 
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 found[name] = row
         if not found:
             raise ValueError(f"{folder.path} holds no samples yet")
-        folder.now_graded_as({name: row["version"] for name, row in found.items()})
+        folder.now_graded_as({name: row.pop("graded_as") for name, row in found.items()})
         write_summary(folder.path, summary)
     answer = {"folder": str(folder.path), "benchmarks": found}
     if not options.json:
@@ -59,7 +59,7 @@ def _regrade_one(
     folder: OutputFolder, name: str, summary: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """Rewrites one benchmark's samples, and its figures in the summary; what changed, None where there are none."""
-    from evals.benchmark_data import as_answer
+    from evals.benchmark_data import as_answer, digest
     from evals.grading import Grader, regraded
     from evals.samples import SampleStore
     from evals.summary import summarise
@@ -78,7 +78,7 @@ def _regrade_one(
         new = regraded(grader, problems, old)
     store.replace(new)
     before = summary["results"].get(name, {})
-    k = max([int(before.get("k", 0)), *(sample.index + 1 for sample in new)])
+    k = int(before.get("k", 0)) or max(sample.index + 1 for sample in new)
     figures = summarise(benchmark, [s for s in new if s.index < k], problems=len(data.problems), k=k)
     summary["results"][name], summary["files"][name] = figures, data.files
     changes = [
@@ -89,6 +89,7 @@ def _regrade_one(
     return {
         "samples": len(new), "changed": len(changes), "changes": changes, "pass_at_1": figures["pass_at_1"],
         "ci95": figures["ci95"], "was_pass_at_1": before.get("pass_at_1"), "version": benchmark.version,
+        "graded_as": {"version": benchmark.version, "files": data.files, "digest": digest(data)},
     }  # fmt: skip
 
 

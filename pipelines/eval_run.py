@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import queue
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from evals.benchmark_data import BenchmarkData, as_answer
+from evals.benchmark_data import BenchmarkData, as_answer, digest
 from evals.grading import Grader, prompt_hash
 from evals.page import write_pages
 from evals.protocol import Protocol as EvalProtocol
-from evals.samples import Sample, SampleStore
+from evals.samples import DRAWN, SAMPLES, Sample, SampleStore
 from evals.summary import summarise
 from pipelines.eval_samplers import Ask, Drawn, Sampler
 from pipelines.files import Lock, write_atomic, writing
@@ -114,8 +116,8 @@ def evaluate_benchmarks(plan: EvalPlan, sampler: Sampler, view: View) -> dict[st
                 courses[drawn.problem.source].take(drawn)
             for course in courses.values():
                 course.end()
-        summary = _summary(plan, sampler, courses, seconds=time.monotonic() - began)
-    write_atomic(plan.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        summary = _summary(plan, sampler, courses, drawn=bool(asks), seconds=time.monotonic() - began)
+    write_atomic(plan.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_pages(plan.out)
     return summary
 
@@ -131,10 +133,16 @@ def check_same(plan: EvalPlan) -> None:
     protocol = {key: value for key, value in plan.protocol.to_json().items() if key != "samples"}
     asked: dict[str, Any] = {"model": dict(plan.identity), "protocol": protocol, "seed": plan.seed}
     benchmarks = {
-        data.benchmark.name: {"version": data.benchmark.version, "limit": plan.limit, "files": data.files}
+        data.benchmark.name: {
+            "version": data.benchmark.version,
+            "limit": plan.limit,
+            "files": data.files,
+            "digest": digest(data),
+        }
         for data in plan.benchmarks
     }
     asked = json.loads(json.dumps(asked, default=str))
+    begun = [data.benchmark.name for data in plan.benchmarks if (plan.out / data.benchmark.name / SAMPLES).exists()]
     benchmarks = json.loads(json.dumps(benchmarks, default=str))
     path = plan.out / "eval.json"
     try:
@@ -143,6 +151,13 @@ def check_same(plan: EvalPlan) -> None:
         kept = {**asked, "benchmarks": {}}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): name another folder with --out") from None
+    rows = kept.get("benchmarks") if isinstance(kept, dict) else None
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise ValueError(f"{path} is damaged (not what an evaluation notes there): name another folder with --out")
+    if strangers := [name for name in begun if name not in rows]:
+        raise ValueError(
+            f"{plan.out / strangers[0]} holds samples, and {path} does not say of what: name another folder with --out"
+        )
     same = {key: kept.get(key) for key in asked}
     known = {
         name: {key: value for key, value in row.items() if key != "path"}
@@ -152,6 +167,12 @@ def check_same(plan: EvalPlan) -> None:
     for before, now in ((same, asked), (known, {name: benchmarks[name] for name in known})):
         if (found := _difference(before, now)) is not None:
             where, old, new = found
+            if where.endswith(".digest"):
+                raise ValueError(
+                    f"{plan.out} holds samples of {where.removesuffix('.digest')} as it was before: its problems, gold "
+                    "answers or grader have changed; where the prompts have not, `r1 eval regrade` judges them as "
+                    "it is now; or name another --out"
+                )
             raise ValueError(
                 f"{plan.out} holds another evaluation: {where} was {old}, now it is {new}; name another folder with "
                 "--out, or ask for the same"
@@ -164,7 +185,7 @@ def _note(folder: Path, **values: Any) -> None:
     """Adds to ``eval.json``."""
     path = folder / "eval.json"
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    write_atomic(path, json.dumps({**kept, **values}, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps({**kept, **values}, indent=2) + "\n")
 
 
 def _difference(before: Any, now: Any, where: str = "") -> tuple[str, str, str] | None:
@@ -183,6 +204,9 @@ class _Course:
         self.name, self.data, self._plan, self._view = data.benchmark.name, data, plan, view
         self.k = plan.samples[self.name]
         self.store = SampleStore(plan.out / self.name)
+        if self.store.cut:
+            print(f"{self.store.path}: {self.store.cut} bytes that a write left unfinished were cut off; what stood "
+                  "there is drawn again", file=sys.stderr)  # fmt: skip
         self._problems = {problem.id: problem for problem in data.problems}
         self._check_prompts()
         self._queue: queue.SimpleQueue[RolloutGroup | None] = queue.SimpleQueue()
@@ -204,7 +228,14 @@ class _Course:
 
     def ungraded(self) -> dict[tuple[str, int], dict[str, Any]]:
         """What an earlier run drew and did not come to grade."""
-        return {key: row for key, row in self.store.drawn().items() if key[0] in self._problems}
+        found = {key: row for key, row in self.store.drawn().items() if key[0] in self._problems}
+        for (problem, index), row in found.items():
+            if set(row) != {"seed", "text", "tokens", "finish_reason"}:
+                raise ValueError(
+                    f"{self.store.path.with_name(DRAWN)}: sample {index} of problem {problem!r} is no whole "
+                    "completion; delete its line, and it is drawn again"
+                )
+        return found
 
     def check(self) -> None:
         """Sees that the grader, the machine and every problem are fit, before anything is drawn.
@@ -303,22 +334,45 @@ def _group(drawn: Drawn) -> RolloutGroup:
     return RolloutGroup(problem=drawn.problem, rollouts=(Rollout(completion=completion),))
 
 
-def _summary(plan: EvalPlan, sampler: Sampler, courses: Mapping[str, _Course], *, seconds: float) -> dict[str, Any]:
+def _earlier(path: Path) -> dict[str, Any]:
+    """An earlier summary; empty where there is none, or a damaged one, which is written anew."""
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+    found = found if isinstance(found, dict) else {}
+    rows = {key: found[key] if isinstance(found.get(key), dict) else {} for key in ("results", "files", "sampler")}
+    seconds = found.get("seconds")
+    return {**rows, "seconds": seconds if isinstance(seconds, int | float) else 0.0}
+
+
+def _with_earlier(now: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    for key in ("faults", "finish_reasons"):
+        if key in now and isinstance(before.get(key), dict):
+            now[key] = dict(Counter(before[key]) + Counter(now[key]))
+    if "uncounted" in now and isinstance(before.get("uncounted"), int):
+        now["uncounted"] += before["uncounted"]
+    return now
+
+
+def _summary(
+    plan: EvalPlan, sampler: Sampler, courses: Mapping[str, _Course], *, drawn: bool, seconds: float
+) -> dict[str, Any]:
     """The figures of everything that the folder holds."""
-    path = plan.out / "summary.json"
-    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    results = dict(before.get("results", {}))
-    files = dict(before.get("files", {}))
+    before = _earlier(plan.out / "summary.json")
+    results, files = before["results"], before["files"]
     for name, course in courses.items():
-        kept = [s for s in course.store.read() if s.index < course.k]
+        ids = {problem.id for problem in course.data.problems}
+        kept = [s for s in course.store.read() if s.index < course.k and s.problem in ids]
         results[name] = summarise(course.data.benchmark, kept, problems=len(course.data.problems), k=course.k)
         files[name] = course.data.files
     return {
         "model": plan.model,
         "protocol": plan.protocol.to_json(),
         "seed": plan.seed,
-        "sampler": dict(sampler.describe()),
-        "seconds": round(before.get("seconds", 0.0) + seconds, 1),
+        "forced_think": json.loads((plan.out / "eval.json").read_text("utf-8")).get("forced_think"),
+        # Of a run that drew nothing there is nothing to say; what an endpoint counted adds up over the runs.
+        "sampler": _with_earlier(dict(sampler.describe()), before["sampler"]) if drawn else before["sampler"],
+        "seconds": round(before["seconds"] + seconds, 1),
         "results": results,
         "files": files,
     }

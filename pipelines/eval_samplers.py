@@ -272,12 +272,14 @@ class EndpointSampler:
             for ask in asks
         )  # fmt: skip
         for job, drawn in self._open.draw(jobs):
-            yield Drawn(
-                problem=job.problem, index=job.sample_index, seed=job.seed, text=drawn.text, tokens=drawn.tokens or 0,
-                finish_reason="length" if drawn.finish_reason == "length" else "stop",
-            )  # fmt: skip
+            # More than were asked for is no count.
+            tokens = drawn.tokens if drawn.tokens is not None and 0 <= drawn.tokens <= job.params.max_tokens else 0
             self._ends[drawn.finish_reason] += 1
-            self._uncounted += drawn.tokens is None
+            self._uncounted += not tokens and bool(drawn.text)
+            yield Drawn(
+                problem=job.problem, index=job.sample_index, seed=job.seed, text=drawn.text, tokens=tokens,
+                finish_reason="length" if drawn.finish_reason in ("length", "max_tokens") else "stop",
+            )  # fmt: skip
 
     def close(self) -> None:
         """See :class:`Sampler`."""

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from pipelines.eval_samplers import Sampler
     from rollout.engine import EngineConfig
 
-_BLOCKS, _BLOCK = 64, 1 << 16
-"""A weight file is told from others by so many blocks of so many bytes, evenly spread, and its size."""
+_MOST = 10_000  # completions per problem
+_WHOLE = 32 << 30  # bytes of a folder that are read whole to tell its weights from others
+_BLOCKS, _BLOCK = 4096, 1 << 16  # beyond that, of each file so many blocks of so many bytes, evenly spread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +85,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     names = [name.strip() for name in options.benchmarks.split(",") if name.strip()]
     if not names:
         raise ValueError("--benchmarks names none")
+    if options.out is not None and not str(options.out).strip(". "):
+        raise ValueError("--out must name a folder of its own")
+    if options.samples is not None and options.samples > _MOST:
+        raise ValueError(f"--samples must be <= {_MOST:,}, got {options.samples:,}")
     for name, least in (("limit", 0), ("seed", 0), ("processes", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be >= {least}, got {getattr(options, name)}")
@@ -126,6 +131,12 @@ def _note(append: Any, path: Path, event: Mapping[str, Any]) -> None:
 def _model_of(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The model as results name it, and what tells its weights from others."""
     if options.endpoint is not None:
+        engine = [name for name in ("workers", "tensor_parallel") if getattr(options, name) is not None]
+        engine += ["no_attest"] if options.no_attest else []
+        engine += ["dtype"] if options.dtype != "auto" else []
+        if options.overrides or engine:
+            given = options.overrides[0] if options.overrides else "--" + engine[0].replace("_", "-")
+            raise ValueError(f"{given} is for engines; an endpoint has its own")
         if not options.served:
             raise ValueError("--endpoint needs --model NAME: which of its models answers")
         return options.served, {"endpoint": options.endpoint, "model": options.served}
@@ -133,7 +144,9 @@ def _model_of(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     path = Path(options.model).expanduser()
     folder = model_folder(path, options.checkpoint) if path.exists() else _downloaded(options.model)
-    return str(folder if path.exists() else options.model), {"model": options.model, "weights": fingerprint(folder)}
+    name = str(folder.absolute() if path.exists() else options.model)
+    numerics = {"dtype": _dtype(options.dtype), "max_model_len": _engine(options).max_model_len}
+    return name, {"model": name, "weights": fingerprint(folder), **numerics}
 
 
 def _downloaded(name: str) -> Path:
@@ -156,15 +169,17 @@ def _downloaded(name: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash over config, tokenizer and weights of a folder: of large files sizes and blocks that are evenly spread."""
+    """Hash over config, tokenizer and weights of a folder; beyond 32 GiB of sizes and blocks that are evenly spread."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".bin", ".model", ".jinja") or not path.is_file():
-            continue
+    kinds = (".json", ".safetensors", ".bin", ".model", ".jinja")
+    files = [p for p in sorted(folder.iterdir()) if (p.suffix in kinds or p.name == "merges.txt") and p.is_file()]
+    whole = sum(path.stat().st_size for path in files) <= _WHOLE
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         last = max(0, size - _BLOCK)
-        starts = sorted({round(last * block / (_BLOCKS - 1)) for block in range(_BLOCKS)})
+        spread = {round(last * block / (_BLOCKS - 1)) for block in range(_BLOCKS)}
+        starts = range(0, size, _BLOCK) if whole else sorted(spread)
         with path.open("rb") as file:
             for start in starts:
                 file.seek(start)
@@ -241,6 +256,7 @@ def _print(summary: Mapping[str, Any], data: Sequence[BenchmarkData], out: Path)
     from rich.table import Table
     from rich.text import Text
 
+    from pipelines.console import printable
     from pipelines.eval_options import percent
 
     table = Table(
@@ -269,6 +285,6 @@ def _print(summary: Mapping[str, Any], data: Sequence[BenchmarkData], out: Path)
         if row["shares"]["error"]:
             told = next(iter(row["errors"].items()), ("", ""))
             failed = f"{one.benchmark.name}: the grader failed on {row['shares']['error']:.0%} of the samples"
-            console.print(f"{failed}; they are in no figure. The first: {told[0]}: {told[1]}", markup=False)
+            console.print(printable(f"{failed}; they are in no figure. The first: {told[0]}: {told[1]}"), markup=False)
     console.print(f"model: {summary['model']}", markup=False)
     console.print(f"everything is in {out} (report.html to look at)", markup=False)

@@ -91,11 +91,21 @@ class RewardConfig:
     factory: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("path", str), ("name", str), ("style", str), ("params", Mapping)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} of a reward must be a {kind.__name__.lower()}, got {getattr(self, name)!r}")
+        for name in ("weight", "timeout_s"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} of reward {self.path!r} must be a number, got {getattr(self, name)!r}")
         if self.path not in BUILT_IN and not all(self.path.rpartition(":")):
             known = ", ".join(BUILT_IN)
             raise ValueError(f"reward path must be {known}, module:function or file.py:function, got {self.path!r}")
         if self.style not in STYLES:
             raise ValueError(f"reward style must be one of {', '.join(STYLES)}, got {self.style!r}")
+        if "/" in self.name:
+            raise ValueError(
+                f"the name of a reward stands in metrics between slashes, got {self.name!r}: leave them out"
+            )
         if not math.isfinite(self.weight):
             raise ValueError(f"the weight of reward {self.path!r} must be finite, got {self.weight}")
         if not self.timeout_s > 0:

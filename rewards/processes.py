@@ -46,9 +46,10 @@ def descendants(pid: int) -> list[int]:
 def children(pid: int) -> list[int]:
     """Direct children of a process, zombies included."""
     found: list[int] = []
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(child) for child in file.read_text().split()]
+    with contextlib.suppress(OSError):  # it may end at any moment
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 

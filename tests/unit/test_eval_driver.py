@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from evals.benchmark import find_benchmark
-from evals.benchmark_data import load_benchmark
+from evals.benchmark_data import digest, load_benchmark
 from evals.page import write_pages
 from evals.protocol import protocol_of
 from evals.samples import Status, read_samples
@@ -168,8 +168,94 @@ def test_another_evaluation_in_the_same_folder_is_refused(own: Path, changes: di
 def test_a_question_in_other_words_is_refused(own: Path) -> None:
     evaluate_benchmarks(plan(own), Told(), view())
     own.write_text(OWN.replace("What is", "How much is"))
-    with pytest.raises(ValueError, match="asked in other words"):
+    with pytest.raises(ValueError, match="its problems, gold answers or grader have changed"):
         evaluate_benchmarks(plan(own), Told(), view())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        OWN.replace("{{answer}}", "{{other}}"),
+        OWN + 'doc_id: "{{other}}"\n',
+        OWN + "grader: {path: 'mine.py:judge'}\n",
+    ],
+    ids=["gold", "ids", "grader"],
+)
+def test_samples_of_a_benchmark_that_was_edited_are_not_mixed_with_new_ones(own: Path, changed: str) -> None:
+    rows = [{**json.loads(line), "other": f"1{i}"} for i, line in enumerate((own.parent / "sums.jsonl").open())]
+    (own.parent / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (own.parent / "mine.py").write_text("def judge(completion):\n    return 1.0\n")
+    evaluate_benchmarks(plan(own), Told(), view())
+    own.write_text(changed)
+    for samples in (2, 3):
+        with pytest.raises(ValueError, match="holds samples of sums as it was before"):
+            evaluate_benchmarks(plan(own, samples={"sums": samples}), Told(), view())
+
+
+def test_the_source_of_a_grader_is_part_of_what_was_evaluated(own: Path) -> None:
+    (own.parent / "mine.py").write_text("def judge(completion):\n    return 1.0\n")
+    own.write_text(OWN + "grader: {path: 'mine.py:judge'}\n")
+    before = digest(plan(own).benchmarks[0])
+    assert digest(plan(own).benchmarks[0]) == before
+    (own.parent / "mine.py").write_text("def judge(completion):\n    return 0.0\n")
+    assert digest(plan(own).benchmarks[0]) != before
+
+
+def test_samples_that_nobody_knows_are_not_taken_for_ones_own(own: Path) -> None:
+    evaluate_benchmarks(plan(own), Told(), view())
+    (own.parent / "out/eval.json").unlink()
+    with pytest.raises(ValueError, match=r"holds samples, and .* does not say of what"):
+        evaluate_benchmarks(plan(own, identity={"model": "other"}), Told(), view())
+
+
+@pytest.mark.parametrize("text", ["[]", '{"benchmarks": []}', '{"benchmarks": {"sums": 5}}', "{", "5"])
+def test_a_damaged_note_of_what_was_asked_is_one_line(own: Path, text: str) -> None:
+    evaluate_benchmarks(plan(own), Told(), view())
+    (own.parent / "out/eval.json").write_text(text)
+    with pytest.raises(ValueError, match=r"eval\.json is damaged"):
+        evaluate_benchmarks(plan(own), Told(), view())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": 5}', '{"results": {}, "seconds": "x"}'])
+def test_a_damaged_summary_is_written_anew(own: Path, text: str) -> None:
+    before = evaluate_benchmarks(plan(own), Told(), view())
+    (own.parent / "out/summary.json").write_text(text)
+    assert evaluate_benchmarks(plan(own), Told(), view())["results"] == before["results"]
+
+
+def test_what_drew_is_remembered_when_nothing_is_left_to_draw(own: Path) -> None:
+    class Counting(Told):
+        def describe(self) -> Mapping[str, Any]:
+            return {"kind": "endpoint", "faults": {"429": len(self.asked)}, "uncounted": 1}
+
+    with pytest.raises(ValueError, match="died"):
+        evaluate_benchmarks(plan(own), Counting(dies_after=5), view())
+    first = evaluate_benchmarks(plan(own), Counting(), view())
+    assert first["sampler"] == {"kind": "endpoint", "faults": {"429": 15}, "uncounted": 1}
+    assert evaluate_benchmarks(plan(own), Counting(), view())["sampler"] == first["sampler"]
+    more = evaluate_benchmarks(plan(own, samples={"sums": 3}), Counting(), view())
+    assert more["sampler"] == {"kind": "endpoint", "faults": {"429": 25}, "uncounted": 2}
+    assert more["forced_think"] is True
+
+
+@pytest.mark.parametrize("row", [{}, {"text": "x"}, {"text": None, "seed": 1, "tokens": 1, "finish_reason": "stop"}])
+def test_a_drawn_row_that_is_no_completion_is_one_line(own: Path, row: dict[str, Any], capsys: Any) -> None:
+    with pytest.raises(ValueError, match="died"):
+        evaluate_benchmarks(plan(own), Told(dies_after=1), view())
+    line = json.dumps({"problem": "sums/5", "index": 0, "completion": row})
+    with (own.parent / "out/sums/drawn.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises((ValueError, OSError), match=r"drawn\.jsonl.*(no whole completion|no drawn completion)"):
+        evaluate_benchmarks(plan(own), Told(), view())
+
+
+def test_a_torn_end_is_told(own: Path, capsys: Any) -> None:
+    evaluate_benchmarks(plan(own), Told(), view())
+    path = own.parent / "out/sums/samples.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-3])
+    evaluate_benchmarks(plan(own), Told(), view())
+    assert "left unfinished were cut off" in capsys.readouterr().err
+    assert len(read_samples(own.parent / "out/sums")) == 20
 
 
 def test_two_at_a_time_in_one_folder_are_refused(own: Path) -> None:
@@ -289,6 +375,12 @@ def test_weights_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
         (["--benchmarks", "gsm8k", "--endpoint", "http://localhost:1/v1"], "--model NAME"),
         (["MODEL", "--endpoint", "http://localhost:1/v1", "--benchmarks", "gsm8k"], "exclude each other"),
         (["--endpoint", "http://localhost:1/v1"], "--endpoint needs --benchmarks"),
+        (["MODEL", "--benchmarks", "gsm8k", "--samples", "10001"], "--samples must be <= 10,000"),
+        (["MODEL", "--benchmarks", "gsm8k", "--temperature", "inf"], "temperature must be >= 0 and finite"),
+        (
+            ["--benchmarks", "gsm8k", "--endpoint", "http://localhost:1/v1", "--model", "m", "--dtype", "bfloat16"],
+            "--dtype is for engines",
+        ),
         (["MODEL", "--samples", "4"], "--samples is for benchmarks"),
         (["MODEL", "--no-attest", "--recipe", "r1-tiny"], "--no-attest is for benchmarks"),
         (["MODEL", "--benchmarks", "gsm8k", "--recipe", "r1-tiny"], "exclude each other"),

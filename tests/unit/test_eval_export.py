@@ -253,7 +253,7 @@ def test_several_benchmarks_go_into_a_folder(house: House) -> None:
     )
     assert one["files"] == {str(to / "x.jsonl"): 1}
     for words, said in (
-        (("--format", "evalplus", "--to", to), "evalplus takes programs, and sums has none"),
+        (("--format", "evalplus", "--to", house.root / "else"), "evalplus takes programs, and sums has none"),
         (("--format", "csv", "--to", to), "--format must be one of human-eval, evalplus, lm-eval, got 'csv'"),
         (("--format", "lm-eval", "--to", to, "--benchmark", "x"), "holds no samples of x; it holds sums, more"),
     ):

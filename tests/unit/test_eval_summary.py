@@ -38,7 +38,7 @@ def test_a_summary_by_hand() -> None:
     assert found["shares"] == pytest.approx(
         {"truncated": 0, "unanswered": 1 / 12, "unparsed": 1 / 12, "refused": 0, "timeout": 0, "error": 0}
     )
-    assert found["tokens"] == {"mean": 3.0, "mean_ci95": [3.0, 3.0], "max": 3, "total": 36}
+    assert found["tokens"] == {"mean": 3.0, "mean_ci95": [3.0, 3.0], "max": 3, "total": 36, "uncounted": 0}
     assert found["by"] == {
         "level": {
             "0": {"pass_at_1": 0.25, "ci95": [0.0, 1.0], "n": 2}, "1": {"pass_at_1": 1.0, "ci95": [0.0, 1.0], "n": 1},
