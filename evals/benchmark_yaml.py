@@ -179,7 +179,7 @@ def _grader(value: str | Mapping[str, Any]) -> RewardConfig:
         raise ValueError("grader needs path: accuracy, choice, code_tests, reasoning_gym or module:function")
     try:
         return RewardConfig(**given)
-    except (TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"grader: {one_line(error)}") from None
 
 

@@ -31,7 +31,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}): run the same evaluation again, it writes it anew") from None
     results = summary.get("results") if isinstance(summary, dict) else None
     if not isinstance(results, dict) or not results:
-        raise ValueError(f"{path} holds no results of an evaluation: name the --out folder of `r1 eval`")
+        raise ValueError(f"{path} holds no results on benchmarks: name the --out folder of `r1 eval … --benchmarks …`")
     for name, row in results.items():
         absent = [key for key in _FIGURES if not isinstance(row, dict) or key not in row]
         if absent:

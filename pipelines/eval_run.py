@@ -151,6 +151,10 @@ def check_same(plan: EvalPlan) -> None:
         kept = {**asked, "benchmarks": {}}
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): name another folder with --out") from None
+    if (plan.out / "recipe.resolved.yaml").exists():
+        raise ValueError(f"{plan.out} is the folder of a run: name another one with --out")
+    if not any(path.stat().st_size for kind in (SAMPLES, DRAWN) for path in plan.out.glob(f"*/{kind}")):
+        kept = {**asked, "benchmarks": {}}  # nothing was drawn: there is nothing to be mixed up
     rows = kept.get("benchmarks") if isinstance(kept, dict) else None
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise ValueError(f"{path} is damaged (not what an evaluation notes there): name another folder with --out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -155,7 +156,14 @@ class EngineSampler:
                 max_tokens=self._protocol.sampling.max_tokens, positions=self._positions,
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"{longest}: {error}") from None
+            raise ValueError(
+                f"{longest}: {error}; take a model with a longer context, or leave the problem out (process_docs)"
+            ) from None
+        room = self._engine.max_model_len - len(self._prompts[longest]) - 1
+        if room < self._protocol.sampling.max_tokens:
+            told = f"completions end at the context of {self._engine.max_model_len} tokens, at the latest after {room} "
+            limit = self._protocol.sampling.max_tokens
+            print(f"{told}where the prompt is longest: {limit} do not fit", file=sys.stderr)
         # A sample of tens of thousands of tokens may take hours beside many others.
         patience = max(self._engine.timeout_s, _SLOWEST_S * self._protocol.sampling.max_tokens)
         self._engine = replace(self._engine, timeout_s=patience)

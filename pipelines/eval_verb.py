@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmarks", metavar="A,B", help="benchmarks by name, or YAML files; without them the "
                         "held-out sets of a recipe are evaluated")  # fmt: skip
     group = parser.add_argument_group("with --benchmarks")
+    group.description = "without --out everything is kept in runs/eval/MODEL-PROTOCOL"
     group.add_argument("--protocol", default="deepseek", help="deepseek (default), few-shot or greedy")
     group.add_argument("--samples", metavar="K", type=int, help="completions per problem; default: the benchmark's")
     group.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
@@ -87,8 +88,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--benchmarks names none")
     if options.out is not None and not str(options.out).strip(". "):
         raise ValueError("--out must name a folder of its own")
-    if options.samples is not None and options.samples > _MOST:
-        raise ValueError(f"--samples must be <= {_MOST:,}, got {options.samples:,}")
+    if options.samples is not None and not 1 <= options.samples <= _MOST:
+        raise ValueError(f"--samples must be >= 1 and <= {_MOST:,}, got {options.samples:,}")
     for name, least in (("limit", 0), ("seed", 0), ("processes", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be >= {least}, got {getattr(options, name)}")

@@ -120,6 +120,10 @@ class LineView:
 
     def close(self) -> None:
         """See ``pipelines.eval_run.View``."""
+        for name, counts in self._counts.items():
+            if counts.verdicts:
+                self._say(f"{name}: {counts.drawn}/{counts.total} drawn  graded now: {counts.judged()}")
+        self._counts.clear()
 
     def _say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

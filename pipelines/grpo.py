@@ -229,7 +229,8 @@ def check_gate(gate: Gate | None, results: dict[str, Any]) -> None:
     if low <= gate.min_pass_at_1:
         raise ValueError(
             f"RL does not start: pass@1 on {gate.set!r} is {results[gate.set]['pass_at_1']:.3f} and its 95 % interval "
-            f"begins at {low:.3f}, not above the gate of {gate.min_pass_at_1:g}; train the cold start longer"
+            f"begins at {low:.3f}, not above the gate of {gate.min_pass_at_1:g}; train the cold start longer, or "
+            "set the stage's gate to null (gate: null) to go on all the same"
         )
 
 

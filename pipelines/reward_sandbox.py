@@ -80,7 +80,7 @@ def _print_probe(answer: Mapping[str, Any]) -> None:
     console.print(f"level: {answer['level'] or 'none: code cannot be run here'}", markup=False)
     if answer["level"]:
         console.print(f"a user id of its own per program: {'yes' if answer['own_uid'] else 'no (start as root)'}")
-        console.print(f"importable: the standard library {' '.join(answer['packages'])}", markup=False)
+        console.print(f"importable: {', '.join(['the standard library', *answer['packages']])}", markup=False)
     for level, reason in answer["missing"].items():
         console.print(f"for {level}: {reason}", markup=False)
 

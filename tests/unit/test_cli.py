@@ -240,8 +240,9 @@ sys.exit(main(["run", "small.yaml"]))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored in the background
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "running\n"
     time.sleep(0.05)
     process.send_signal(number)

@@ -561,7 +561,11 @@ try:
 except KeyboardInterrupt:
     print("left:", [thread.name for thread in threading.enumerate()])
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # Where these tests are started in the background, Ctrl-C would be ignored by what they start.
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     end = time.monotonic() + 20
     while not server.requests and time.monotonic() < end:
         time.sleep(0.01)

@@ -208,6 +208,20 @@ def test_samples_that_nobody_knows_are_not_taken_for_ones_own(own: Path) -> None
         evaluate_benchmarks(plan(own, identity={"model": "other"}), Told(), view())
 
 
+def test_the_folder_of_a_run_is_not_written_into(own: Path) -> None:
+    (own.parent / "out").mkdir()
+    (own.parent / "out/recipe.resolved.yaml").write_text("")
+    with pytest.raises(ValueError, match="is the folder of a run"):
+        evaluate_benchmarks(plan(own), Told(), view())
+    assert not (own.parent / "out/eval.json").exists()
+
+
+def test_an_evaluation_that_drew_nothing_holds_no_folder(own: Path) -> None:
+    with pytest.raises(ValueError, match="died"):
+        evaluate_benchmarks(plan(own, identity={"endpoint": "http://localhost:9"}), Told(dies_after=0), view())
+    assert evaluate_benchmarks(plan(own), Told(), view())["results"]["sums"]["samples"] == 20
+
+
 @pytest.mark.parametrize("text", ["[]", '{"benchmarks": []}', '{"benchmarks": {"sums": 5}}', "{", "5"])
 def test_a_damaged_note_of_what_was_asked_is_one_line(own: Path, text: str) -> None:
     evaluate_benchmarks(plan(own), Told(), view())
@@ -366,7 +380,7 @@ def test_weights_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
     [
         (["/no/such/model", "--benchmarks", "gsm8k"], "there is no model folder /no/such/model"),
         (["MODEL", "--benchmarks", "gsm8q"], "gsm8k"),
-        (["MODEL", "--benchmarks", "gsm8k", "--samples", "0"], "samples must be >= 1, got 0"),
+        (["MODEL", "--benchmarks", "gsm8k", "--samples", "0"], "--samples must be >= 1 and <= 10,000, got 0"),
         (["MODEL", "--benchmarks", "gsm8k,gsm8k"], "names gsm8k twice"),
         (["MODEL", "--benchmarks", " , "], "--benchmarks names none"),
         (["MODEL", "--benchmarks", "gsm8k", "--protocol", "gredy"], "greedy"),
@@ -375,7 +389,7 @@ def test_weights_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
         (["--benchmarks", "gsm8k", "--endpoint", "http://localhost:1/v1"], "--model NAME"),
         (["MODEL", "--endpoint", "http://localhost:1/v1", "--benchmarks", "gsm8k"], "exclude each other"),
         (["--endpoint", "http://localhost:1/v1"], "--endpoint needs --benchmarks"),
-        (["MODEL", "--benchmarks", "gsm8k", "--samples", "10001"], "--samples must be <= 10,000"),
+        (["MODEL", "--benchmarks", "gsm8k", "--samples", "10001"], "--samples must be >= 1 and <= 10,000"),
         (["MODEL", "--benchmarks", "gsm8k", "--temperature", "inf"], "temperature must be >= 0 and finite"),
         (
             ["--benchmarks", "gsm8k", "--endpoint", "http://localhost:1/v1", "--model", "m", "--dtype", "bfloat16"],
