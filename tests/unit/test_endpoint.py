@@ -411,7 +411,7 @@ def test_nothing_is_asked_any_more_once_it_failed(server: FakeEndpoint):
     with Endpoint(config(server, retries=10**6)) as endpoint:
         drawing = endpoint.draw(job(seed) for seed in range(3))
         next(drawing)
-        time.sleep(0.2)  # a consumer that is busy
+        time.sleep(0.6)  # a consumer that is busy
         asked = len(server.requests)
         time.sleep(0.1)
         assert len(server.requests) == asked > 3

@@ -38,7 +38,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def until(condition, seconds: float = 5.0) -> bool:
+def until(condition, seconds: float = 20.0) -> bool:
     limit = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > limit:

@@ -136,7 +136,7 @@ def test_scoring_overlaps_with_what_generates():
         rubric.ready()
         start = time.monotonic()
         seen = [time.monotonic() - start for _ in rubric.score(upstream())]
-    assert seen[-1] < 2.6
+    assert seen[-1] < 3.1
     assert seen[0] < 1.0  # handed on long before the last one was generated
 
 
