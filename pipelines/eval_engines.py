@@ -150,15 +150,13 @@ def fitting(engine: EngineConfig, *, longest_prompt: int, max_tokens: int, posit
     """The engine with a context for the longest prompt and its completion, as far as the model has positions.
 
     Args:
-        engine: a ``max_model_len`` that differs from the default is kept.
+        engine: its ``max_model_len`` is replaced.
         longest_prompt, max_tokens: tokens.
         positions: the model's ``max_position_embeddings``; None when it names none.
 
     Raises:
         ValueError: the longest prompt alone does not fit.
     """
-    if engine.max_model_len != EngineConfig().max_model_len:
-        return engine
     wanted = longest_prompt + max_tokens + 1
     context = max(32, wanted if positions is None else min(wanted, positions))
     if longest_prompt + 1 > context:

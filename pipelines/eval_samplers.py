@@ -94,7 +94,7 @@ class EngineSampler:
         seed: of the evaluation.
         note: receives what happened, for events.jsonl.
         attest: compare the engines with the own forward pass before the first completion.
-        cpus: cores to use; 0 takes all.
+        keep_context: ``engine.max_model_len`` was asked for; else it is fitted to prompts and token limit.
 
     Raises:
         ValueError: no model that can be evaluated here.
@@ -110,7 +110,7 @@ class EngineSampler:
         seed: int,
         note: Callable[[dict[str, Any]], None],
         attest: bool = True,
-        cpus: int = 0,
+        keep_context: bool = False,
     ) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
@@ -119,7 +119,7 @@ class EngineSampler:
 
         check_model(ModelConfig(path=str(folder), dtype=dtype))
         self._folder, self._protocol, self._engine, self._dtype = folder, protocol, engine, dtype
-        self._seed, self._note, self._attest, self._cpus = seed, note, attest, cpus
+        self._seed, self._note, self._attest, self._keep_context = seed, note, attest, keep_context
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         config = AutoConfig.from_pretrained(folder).get_text_config()
         self._positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -151,10 +151,11 @@ class EngineSampler:
         self.forced_think = thinking == {True}
         longest = max(self._prompts, key=lambda key: len(self._prompts[key]))
         try:
-            self._engine = fitting(
+            fitted = fitting(
                 self._engine, longest_prompt=len(self._prompts[longest]),
                 max_tokens=self._protocol.sampling.max_tokens, positions=self._positions,
             )  # fmt: skip
+            self._engine = self._engine if self._keep_context else fitted
         except ValueError as error:
             raise ValueError(
                 f"{longest}: {error}; take a model with a longer context, or leave the problem out (process_docs)"
@@ -169,7 +170,6 @@ class EngineSampler:
         self._engine = replace(self._engine, timeout_s=patience)
         self._engines = CheckpointEngines(
             self._folder, self._engine, dtype=self._dtype, seed=self._seed, note=self._note, attest=self._attest,
-            cpus=self._cpus,
         )  # fmt: skip
         self._engines.start()
 

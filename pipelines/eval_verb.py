@@ -206,6 +206,7 @@ def _sampler(options: argparse.Namespace, model: str, protocol: Protocol, note: 
     return EngineSampler(
         folder, protocol, _engine(options), dtype=_dtype(options.dtype), seed=options.seed, note=note,
         attest=not options.no_attest,
+        keep_context=any(given.startswith("engine.max_model_len=") for given in options.overrides),
     )  # fmt: skip
 
 
