@@ -101,9 +101,9 @@ def _learner(folder: Any, batch: list[list[int]], seed: int) -> Any:
     import math
 
     from policy.batch import Sample
-    from policy.checkpoint import load_policy
     from policy.config import LearnerConfig, LossConfig, ModelConfig, OptimizerConfig
     from policy.learner import Learner
+    from policy.loading import load_policy
 
     model, _ = load_policy(ModelConfig(path=str(folder)), seed)
     learner = Learner(model, optimizer=OptimizerConfig(), loss=LossConfig(), config=LearnerConfig(), total_steps=1000)

@@ -37,8 +37,9 @@ def write_model(folder: Path, *, mean_tokens: float = MEAN_TOKENS, seed: int = 0
     Raises:
         ValueError: ``mean_tokens`` <= 1.
     """
-    from policy.checkpoint import load_policy, save_model
+    from policy.checkpoint import save_model
     from policy.config import ModelConfig
+    from policy.loading import load_policy
     from policy.tokenizer import EOS_ID
 
     if not mean_tokens > 1:

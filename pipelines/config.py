@@ -31,7 +31,7 @@ from pipelines.recipe_source import (
 from pipelines.run_dir import RunConfig
 from pipelines.schema import Builder, plain
 from pipelines.tracking import TrackingConfig
-from policy.config import ModelConfig
+from policy.config import ModelConfig, ParallelConfig
 from rollout.engine import EngineConfig
 from rollout.types import SamplingParams
 
@@ -69,6 +69,7 @@ class Recipe:
         name: names the run folder ``<run.dir>/<name>``; letters, digits, ``-``, ``_`` and ``.``.
         seed: seed of everything random in the run, >= 0; the same recipe and seed give the same result.
         model: the policy that is trained.
+        parallel: how many processes share the learner's work.
         engine: the rollout workers, used by every stage that samples.
         stages: what happens, in this order; each has ``kind: sft | grpo | eval`` and the keys of that kind.
         tracking: where the numbers go.
@@ -80,6 +81,7 @@ class Recipe:
     name: str
     seed: int = 0
     model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     stages: tuple[Stage, ...]
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -13,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pipelines.actors import Handle, LearnerService, RayHandle, settle
+from pipelines.actors import Handle, RayHandle, settle
 from pipelines.launch import Launcher
+from pipelines.learner_service import LearnerService
 from pipelines.resources import actor, count_gpus, own_cores, start_ray
 from pipelines.rollout_pool import Job, RolloutPool, SyncReport, WeightSource, canary_prompts
-from policy.checkpoint import check_model
 from policy.config import ModelConfig
+from policy.loading import check_model
 from rollout.engine import EngineConfig
 from rollout.types import RolloutGroup
 

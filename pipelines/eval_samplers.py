@@ -114,8 +114,8 @@ class EngineSampler:
     ) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        from policy.checkpoint import check_model
         from policy.config import ModelConfig
+        from policy.loading import check_model
 
         check_model(ModelConfig(path=str(folder), dtype=dtype))
         self._folder, self._protocol, self._engine, self._dtype = folder, protocol, engine, dtype

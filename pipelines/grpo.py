@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.evaluate import HeldoutSet, evaluate_sets
 from policy.advantages import AdvantageStats, group_advantages
-from policy.config import AdvantageConfig, LearnerConfig, LossConfig, OptimizerConfig
+from policy.config import AdvantageConfig, LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
 from rewards.rubric import RubricConfig, reward_metrics
 from rollout.prompts import DataConfig, PromptStream
 from rollout.template import check_template
@@ -57,7 +57,7 @@ class GrpoStage:
         template: how a prompt is rendered: ``chat`` | ``r1-zero`` | ``raw``.
         sampling: how rollouts are drawn (top_p 1 and top_k 0: the learner must know the sampler's distribution).
         rewards: reward functions and their failure policy.
-        advantages, loss, optimizer, learner: see their own descriptions.
+        advantages, loss, optimizer, learner, router: see their own descriptions.
         truncated: ``mask`` leaves truncated completions out of the loss, ``keep`` trains on them.
         stop_without_signal: stop early when at least this share of a step's groups carries no gradient (all rewards
             equal, or fewer than two of them), (0, 1); null never stops.
@@ -80,6 +80,7 @@ class GrpoStage:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     truncated: str = "keep"
     stop_without_signal: float | None = None
     eval_every: int = 0

@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
     Raises:
         ValueError: names what is missing and where.
     """
-    from policy.checkpoint import check_model
+    from policy.loading import check_model
 
     check_model(recipe.model)
     stages = []

@@ -42,7 +42,7 @@ __all__ = ["Journal", "RunConfig", "RunDir", "RunDirError", "StageDir"]
 _GIVEN = "recipe.yaml"
 # What may change between a run and its continuation, because it does not touch the result, or is the mend of an error.
 _FREE_KEYS = (
-    "run.", "tracking.",
+    "run.", "tracking.", "parallel.",
     *(f"engine.{key}" for key in ("workers", "max_replacements", "timeout_s", "kv_cache_gib", "gpu_memory_utilization",
                                   "max_num_seqs", "max_model_len", "attest_tolerance")),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from policy.config import LearnerConfig, LossConfig, OptimizerConfig
+from policy.config import LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
 from rollout.prompts import DataConfig, PromptStream
 from rollout.template import check_template
 from rollout.types import Problem
@@ -32,7 +32,7 @@ class SftStage:
         steps: optimizer steps.
         batch_size: demonstrations per step.
         template: how a prompt is rendered: ``chat`` | ``r1-zero`` | ``raw``.
-        optimizer, learner: see their own descriptions.
+        optimizer, learner, router: see their own descriptions.
         log_every: one line of metrics every n steps.
     """
 
@@ -46,6 +46,7 @@ class SftStage:
     template: str = "chat"
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="cosine"))
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     log_every: int = 10
 
     def __post_init__(self) -> None:

@@ -13,9 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.actors import Handle, LearnerService, RayHandle, settle
+from pipelines.actors import Handle, RayHandle, settle
 from pipelines.grpo import GrpoStage, in_order
 from pipelines.launch import Launcher
+from pipelines.learner_service import LearnerService
 from pipelines.resources import actor, check_gpus, count_gpus, gpus_of_one, own_cores, start_ray
 from pipelines.rollout_pool import Job, RolloutPool, SyncReport, WeightSource, canary_prompts
 from pipelines.run_dir import Journal, step_name

@@ -12,6 +12,27 @@ def _require(ok: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (PEFT's LoRA): only they are trained, the model stays as it was loaded.
+
+    Attributes:
+        rank: of the two factors, >= 1.
+        alpha: the adapters' product is scaled by alpha / rank, > 0.
+        targets: names of the linear layers that get adapters (``q_proj``, …); empty takes all of them but the head.
+        experts: routed experts get adapters too.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+    experts: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"rank must be >= 1, got {self.rank}")
+        _require(self.alpha > 0, f"alpha must be > 0, got {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which policy is trained. Exactly one of ``preset`` and ``path`` is set.
 
@@ -21,6 +42,9 @@ class ModelConfig:
         overrides: config fields that replace the preset's, e.g. ``{num_hidden_layers: 3}``.
         tokenizer: folder or hub id when it is not the model's own; a preset builds its own.
         dtype: ``float32`` | ``bfloat16``; of the learner and of the engines.
+        mtp: what becomes of multi-token-prediction layers, which are not trained here: ``drop`` leaves them out of
+            every folder that is written, ``keep`` copies them unchanged.
+        lora: train adapters only; null trains all weights.
     """
 
     preset: str | None = None
@@ -28,8 +52,11 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     dtype: str = "float32"
+    mtp: str = "drop"
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
+        _require(self.mtp in ("drop", "keep"), f"mtp must be drop or keep, got {self.mtp!r}")
         _require((self.preset is None) != (self.path is None), "set exactly one of model.preset and model.path")
         _require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 
@@ -104,6 +131,8 @@ class OptimizerConfig:
         warmup_steps: linear warm-up, optimizer steps.
         betas, eps, weight_decay: AdamW's (decay on matrices only).
         max_grad_norm: global gradient norm is clipped here, > 0; null never clips.
+        kind: ``adamw`` (fused), or ``adamw8bit`` (torchao's, moments in 8 bits).
+        offload: keep moments and fp32 masters in the CPU's memory, and update there (torchao's).
     """
 
     lr: float = 1e-6
@@ -114,8 +143,11 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
+    kind: str = "adamw"
+    offload: bool = False
 
     def __post_init__(self) -> None:
+        _require(self.kind in ("adamw", "adamw8bit"), f"kind must be adamw or adamw8bit, got {self.kind!r}")
         _require(self.lr > 0, f"lr must be > 0, got {self.lr}")
         _require(
             self.schedule in ("constant", "linear", "cosine"),
@@ -133,6 +165,51 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What becomes of the router of a mixture of experts while it is trained.
+
+    Attributes:
+        bias: the correction bias that balances the choice: ``frozen``, or ``update`` (moved by ``bias_rate`` towards
+            the less loaded experts after every optimizer step, DeepSeek-V3's auxiliary-loss-free balancing).
+        bias_rate: step of that update, > 0.
+        balance_coef: weight of DeepSeek-V3's sequence-wise balance loss, >= 0; 0 leaves it out.
+        replay: train under the experts that the sampler chose instead of the learner's own choice.
+    """
+
+    bias: str = "frozen"
+    bias_rate: float = 1e-3
+    balance_coef: float = 0.0
+    replay: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.bias in ("frozen", "update"), f"bias must be frozen or update, got {self.bias!r}")
+        _require(self.bias_rate > 0, f"bias_rate must be > 0, got {self.bias_rate}")
+        _require(self.balance_coef >= 0, f"balance_coef must be >= 0, got {self.balance_coef}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How many processes share the learner's work, and how.
+
+    Attributes:
+        ranks: learner processes, >= 1; parameters, gradients and optimizer state are sharded over all of them (FSDP2),
+            and each computes its share of the batch. On GPUs each takes one.
+        expert_parallel: ranks that share the routed experts, tokens travelling between them; divides ``ranks`` and the
+            number of experts.
+    """
+
+    ranks: int = 1
+    expert_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.ranks >= 1, f"ranks must be >= 1, got {self.ranks}")
+        _require(
+            self.expert_parallel >= 1 and self.ranks % self.expert_parallel == 0,
+            f"expert_parallel must divide ranks ({self.ranks}), got {self.expert_parallel}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """How a batch is cut and computed. Nothing here changes the loss or its gradient beyond rounding.
 
@@ -140,15 +217,26 @@ class LearnerConfig:
         micro_batch_tokens: most tokens of one packed micro-batch (a longer sequence gets its own).
         logprob_chunk: tokens whose logits exist at once.
         fp32_head: compute the LM head in fp32 whatever the dtype of the model.
-        threads: CPU threads of the learner; 0 takes all cores.
+        threads: CPU threads of a learner process; 0 shares all cores out.
+        activation_checkpointing: ``none``, or ``layer`` (keep only the input of each decoder layer for the backward
+            and compute the rest again: less memory, a third more work).
+        max_bad_steps: optimizer steps in a row that may be skipped because something in them is not finite, >= 0; one
+            more stops the run.
     """
 
     micro_batch_tokens: int = 8192
     logprob_chunk: int = 2048
     fp32_head: bool = False
     threads: int = 0
+    activation_checkpointing: str = "none"
+    max_bad_steps: int = 2
 
     def __post_init__(self) -> None:
         _require(self.micro_batch_tokens >= 1, f"micro_batch_tokens must be >= 1, got {self.micro_batch_tokens}")
         _require(self.logprob_chunk >= 1, f"logprob_chunk must be >= 1, got {self.logprob_chunk}")
         _require(self.threads >= 0, f"threads must be >= 0, got {self.threads}")
+        _require(
+            self.activation_checkpointing in ("none", "layer"),
+            f"activation_checkpointing must be none or layer, got {self.activation_checkpointing!r}",
+        )
+        _require(self.max_bad_steps >= 0, f"max_bad_steps must be >= 0, got {self.max_bad_steps}")

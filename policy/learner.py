@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from policy.config import LearnerConfig, LossConfig, OptimizerConfig
 from policy.loss import Denominators, LossInputs, LossOutput, grpo_loss
 from policy.optimizer import NonFiniteError, PolicyOptimizer
 from policy.scorer import TokenScorer, TokenScores
+from policy.tally import Tally
 
 # (index of the micro-batch in its mini-batch, the micro-batch, its scores) -> its share of the loss
 _LossOf = Callable[[int, MicroBatch, TokenScores], LossOutput]
@@ -107,7 +107,7 @@ class Learner:
         end = self._optimizer.position + mini_batches
         if not samples:
             return self._skipped(end)
-        tally = _Tally()
+        tally = Tally()
         parts = [self._pack(part) for part in self._deal(samples, mini_batches)]
         old: list[list[Tensor] | None] = [None, *(self._logprobs(part, temperature) for part in parts[1:])]
         for micros, old_logprobs in zip(parts, old, strict=True):
@@ -145,7 +145,7 @@ class Learner:
         """
         if not samples:
             return self._skipped(self._optimizer.position + 1)
-        tally = _Tally()
+        tally = Tally()
         micros = self._pack(samples)
         tokens = Denominators.of(micros).tokens
 
@@ -194,7 +194,7 @@ class Learner:
     def _ref_logprobs(self, micro: MicroBatch, temperature: float) -> Tensor | None:
         return None if self._reference is None else self._reference(micro, temperature).logprobs
 
-    def _update(self, micros: list[MicroBatch], temperature: float, loss_of: _LossOf, tally: _Tally) -> None:
+    def _update(self, micros: list[MicroBatch], temperature: float, loss_of: _LossOf, tally: Tally) -> None:
         """One optimizer step over the micro-batches of a mini-batch."""
         total = 0.0
         for index, micro in enumerate(micros):
@@ -225,7 +225,7 @@ class Learner:
             "learner/optimizer_steps": float(self._optimizer.steps),
         }
 
-    def _metrics(self, tally: _Tally) -> dict[str, float]:
+    def _metrics(self, tally: Tally) -> dict[str, float]:
         metrics = tally.metrics()
         metrics["learner/optimizer_steps"] = float(self._optimizer.steps)
         if tally.router_load is not None:
@@ -240,45 +240,3 @@ class Learner:
 def _cores() -> int:
     """Cores that this process may use (a cluster or container may give it fewer than the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Tally:
-    """Adds up what the micro-batches of one call report."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.losses: list[float] = []
-        self.grad_norms: list[float] = []
-        self.lr = 0.0
-        self.router_load: Tensor | None = None
-        self._counts = {"learner/tokens": 0, "learner/loss_tokens": 0, "learner/sequences": 0}
-        self._sums: dict[str, float] = {}
-        self._maxima: dict[str, float] = {}
-
-    def add(self, micro: MicroBatch, scores: TokenScores, output: LossOutput) -> None:
-        self._counts["learner/tokens"] += micro.tokens
-        self._counts["learner/loss_tokens"] += micro.loss_tokens
-        self._counts["learner/sequences"] += len(micro.segment_lengths)
-        sums = {**output.sums, "learner/entropy": scores.entropy.sum()}
-        # one transfer from the device for all numbers
-        numbers = torch.stack([value.double() for value in (*sums.values(), *output.maxima.values())]).tolist()
-        for name, value in zip(sums, numbers, strict=False):
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        for name, value in zip(output.maxima, numbers[len(sums) :], strict=True):
-            self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
-        if scores.router_load is not None and len(scores.router_load):
-            load = scores.router_load
-            self.router_load = load if self.router_load is None else self.router_load + load
-
-    def metrics(self) -> dict[str, float]:
-        tokens = self._counts["learner/loss_tokens"]
-        return {
-            "learner/loss": math.fsum(self.losses) / len(self.losses),
-            "learner/grad_norm": math.fsum(self.grad_norms) / len(self.grad_norms),
-            "learner/lr": self.lr,
-            "learner/skipped": 0.0,
-            **{name: total / tokens for name, total in self._sums.items()},
-            **self._maxima,
-            **{name: float(count) for name, count in self._counts.items()},
-            "learner/tokens_per_s": self._counts["learner/tokens"] / (time.perf_counter() - self.started),
-        }

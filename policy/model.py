@@ -25,9 +25,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from policy.attention import LatentAttention
+from policy.experts import Experts
 from policy.inputs import check_routed_experts, plan_stream, refuse_unsupported, trainable_labels
 from policy.layers import GatedMlp, RMSNorm
-from policy.moe import Experts, MoE, Router
+from policy.moe import MoE, Router
 from policy.presets import check_supported, with_vllm_fields
 from policy.rope import RotaryTable
 from policy.segments import Segments, scatter_rows

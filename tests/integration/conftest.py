@@ -31,8 +31,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for sampling of their own: a client that says nothing about it draws greedily.
     """
     pytest.importorskip("vllm")
-    from policy.checkpoint import load_policy, save_model
+    from policy.checkpoint import save_model
     from policy.config import ModelConfig
+    from policy.loading import load_policy
 
     folder: Path = tmp_path_factory.mktemp("endpoint")
     model, tokenizer = load_policy(ModelConfig(preset="tiny", overrides={"max_position_embeddings": 2048}), seed=5)

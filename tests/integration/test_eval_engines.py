@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 
 from evals.samples import read_samples
-from policy.checkpoint import load_policy, save_model
+from policy.checkpoint import save_model
 from policy.config import ModelConfig
+from policy.loading import load_policy
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,9 @@ import pytest
 import pytest_asyncio
 import torch
 
-from policy.checkpoint import load_policy, save_model
+from policy.checkpoint import save_model
 from policy.config import ModelConfig
+from policy.loading import load_policy
 from rollout.engine import Engine, EngineConfig, EngineDied, GenerateRequest
 from rollout.types import Completion, FinishReason, SamplingParams
 from rollout.vllm_engine import VllmEngine

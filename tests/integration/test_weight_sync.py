@@ -15,8 +15,9 @@ import pytest_asyncio
 import torch
 
 from pipelines.weight_sync import AttestationError, SharedMemoryTransport, WeightSender, attest_bytes, attest_meaning
-from policy.checkpoint import load_policy, save_model
+from policy.checkpoint import save_model
 from policy.config import ModelConfig
+from policy.loading import load_policy
 from policy.model import checkpoint_tensors
 from rollout.engine import EngineConfig, EngineDied, GenerateRequest
 from rollout.types import SamplingParams

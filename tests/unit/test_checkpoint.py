@@ -26,15 +26,14 @@ from transformers import (
 from policy import checkpoint
 from policy.checkpoint import (
     CheckpointError,
-    check_model,
     latest_checkpoint,
     load_checkpoint,
-    load_policy,
     prune,
     save_checkpoint,
     save_model,
 )
 from policy.config import ModelConfig
+from policy.loading import check_model, load_policy
 from policy.model import PolicyModel
 from policy.tokenizer import build_tokenizer
 
@@ -296,9 +295,11 @@ import os, signal, sys
 from pathlib import Path
 from policy import checkpoint
 from policy.config import ModelConfig
+from policy.loading import check_model, load_policy
 
 overrides = {"hidden_size": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8}
-model, tokenizer = checkpoint.load_policy(ModelConfig(preset="tiny", overrides=overrides), seed=1)
+from policy.loading import load_policy
+model, tokenizer = load_policy(ModelConfig(preset="tiny", overrides=overrides), seed=1)
 for moment in sys.argv[2:]:
     pid = os.fork()
     if pid == 0:

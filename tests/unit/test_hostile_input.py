@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from policy.checkpoint import check_model, load_policy, save_model
+from policy.checkpoint import save_model
 from policy.config import ModelConfig
+from policy.loading import check_model, load_policy
 from rollout.prompts import DataConfig, load_problems
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.actors import LearnerService
+from pipelines.learner_service import LearnerService
 from policy.config import LearnerConfig, LossConfig, ModelConfig, OptimizerConfig
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup
 from tests.unit.test_learner import assert_same_bits, weights

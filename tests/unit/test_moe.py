@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from policy.experts import Dispatch, Experts
 from policy.layers import RMSNorm, normed_linear
-from policy.moe import Dispatch, Experts, MoE, Router
+from policy.moe import MoE, Router
 from tests.unit.model_zoo import config_of
 
 

@@ -7,7 +7,8 @@ import time
 
 import psutil
 
-from pipelines.actors import LearnerService, RolloutService
+from pipelines.actors import RolloutService
+from pipelines.learner_service import LearnerService
 from rewards.rubric import Rubric, RubricConfig
 from rollout.scripted_engine import Faults, Scripted, ScriptedEngine
 from rollout.types import RolloutGroup

@@ -1,0 +1,132 @@
+"""The routed experts: who goes where, and the products of every expert with its tokens.
+
+Shapes: N tokens, H = hidden_size, E = n_routed_experts, K = num_experts_per_tok, I = moe_intermediate_size,
+M = N * K assignments sorted by expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DeepseekV3Config
+
+# MKL takes other paths for products of few rows: fewer than 4 with one thread, up to 27 with sixteen. Products of fewer
+# rows than this are padded, so that what one sequence chooses cannot change another one's bits.
+LEAST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Who goes where: the N * K assignments sorted by expert, and within an expert by token.
+
+    Attributes:
+        token: the token of each assignment. [M]
+        place: where assignment k of token n lies in that order. [N * K]
+        bounds: the assignments of expert e are bounds[e] .. bounds[e + 1] - 1. [E + 1]
+        load: tokens by expert. [E]
+        top_k: experts of each token (K).
+    """
+
+    token: Tensor
+    place: Tensor
+    bounds: tuple[int, ...]
+    load: Tensor
+    top_k: int
+
+    @classmethod
+    def of(cls, experts: Tensor, count: int) -> Dispatch:
+        """The dispatch of a choice of experts. [N, K] -> Dispatch"""
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        load = torch.bincount(flat, minlength=count)
+        return cls(order // experts.shape[1], place, (0, *load.cumsum(0).tolist()), load, experts.shape[1])
+
+    def slices(self) -> list[tuple[int, slice]]:
+        """Experts that have tokens, each with its slice of the assignments."""
+        return [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(self.bounds)) if b > a]
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """Sum over each token's K rows, always in the order of k. [M, H] -> [N, H]"""
+        return rows.index_select(0, self.place).view(-1, self.top_k, rows.shape[1]).sum(dim=1)
+
+
+def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+    """rows @ matrix, written into ``out``; each row's result is the same, bit for bit, however many rows there are."""
+    missing = LEAST_ROWS - len(rows)
+    if missing <= 0 or rows.device.type != "cpu":
+        return torch.mm(rows, matrix, out=out)
+    return out.copy_(torch.mm(F.pad(rows, (0, 0, 0, missing)), matrix)[: len(rows)])
+
+
+class _RoutedMlp(torch.autograd.Function):
+    """Sum over k of gate[n, k] * down_e(silu(gate_e(x)) * up_e(x)) with e = experts[n, k], expert by expert.
+
+    One node instead of a graph per expert: an expert's rows stay in the cache, its weight gradients are written in
+    place, and nothing is summed in an order that depends on threads. Gates weigh the I inner columns, not the H outer.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, dispatch: Dispatch
+    ) -> Tensor:
+        weight = torch.empty_like(gates).flatten().scatter_(0, dispatch.place, gates.flatten())
+        rows = x.index_select(0, dispatch.token)
+        projected = x.new_empty(len(rows), gate_up.shape[1])
+        out = torch.empty_like(rows)
+        for e, part in dispatch.slices():
+            gate, up = _product(rows[part], gate_up[e].T, projected[part]).chunk(2, dim=-1)
+            inner = F.silu(gate).mul_(up).mul_(weight[part, None])
+            _product(inner, down[e].T, out[part])
+        ctx.save_for_backward(rows, projected, weight, gate_up, down)
+        ctx.dispatch, ctx.gate_shape = dispatch, gates.shape
+        return dispatch.combine(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows, projected, weight, gate_up, down = ctx.saved_tensors
+        dispatch: Dispatch = ctx.dispatch
+        grad_out = grad.index_select(0, dispatch.token)
+        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        for e, part in dispatch.slices():
+            gate, up = projected[part].chunk(2, dim=-1)
+            sigmoid = gate.sigmoid()
+            silu = gate * sigmoid
+            activated = silu * up
+            grad_inner = _product(grad_out[part], down[e], torch.empty_like(gate))
+            if ctx.needs_input_grad[3]:  # not when only adapters train
+                torch.mm(grad_out[part].T, activated * weight[part, None], out=grad_down[e])
+            torch.sum(grad_inner * activated, dim=-1, out=grad_weight[part])
+            grad_inner.mul_(weight[part, None])
+            # d silu = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
+            slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+            both = torch.cat((grad_inner * up * slope, grad_inner * silu), dim=-1)
+            _product(both, gate_up[e], grad_rows[part])
+            if ctx.needs_input_grad[2]:
+                torch.mm(both.T, rows[part], out=grad_gate_up[e])
+        grad_gates = grad_weight[dispatch.place].view(ctx.gate_shape)
+        return dispatch.combine(grad_rows), grad_gates, grad_gate_up, grad_down, None
+
+
+class Experts(nn.Module):
+    """The routed experts, batched in memory: gate and up stacked [E, 2I, H], down [E, H, I]."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.count = config.n_routed_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(self.count, 2 * config.moe_intermediate_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.count, config.hidden_size, config.moe_intermediate_size))
+
+    def forward(self, x: Tensor, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over k of gates[:, k] * expert_k(x). x [N, H], gates, experts [N, K] -> [N, H], tokens by expert [E]"""
+        dispatch = Dispatch.of(experts, self.count)
+        dtype = self.down_proj.dtype
+        # Under autocast the products would change dtype in the middle of the function, which writes into buffers.
+        with torch.autocast(x.device.type, enabled=False):
+            out = _RoutedMlp.apply(x.to(dtype), gates.to(dtype), self.gate_up_proj, self.down_proj, dispatch)
+        return out.to(x.dtype), dispatch.load
