@@ -17,7 +17,7 @@ from benchmarks.apart import run_apart
 from benchmarks.peer import PeerFailed
 from benchmarks.report import Measurement, table, write
 
-NAMES = ("grpo", "rollout", "sync", "learner", "grading", "sandbox", "evals")
+NAMES = ("grpo", "rollout", "sync", "learner", "learner-cost", "learner-long", "grading", "sandbox", "evals")
 _FULL, _QUICK = Path("docs"), Path("runs/benchmarks")
 
 

@@ -28,7 +28,7 @@ def _serve(port: Port, name: str, quick: bool, seed: int) -> None:
     port.receive()
     with tempfile.TemporaryDirectory(prefix="r1-benchmark-") as scratch:
         options = Options(scratch=Path(scratch), quick=quick, seed=seed, say=_say)
-        module = importlib.import_module(f"benchmarks.{name}")
+        module = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
         port.send(tuple(module.run(options)))
 
 

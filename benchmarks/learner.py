@@ -1,23 +1,24 @@
-"""Training tokens/s of the learner against transformers on the same ragged batch, and as a share of the matrix rate.
+"""Training tokens/s and peak memory of the learner against transformers and TRL on the same ragged batch.
 
-Only real tokens count, padding does not. The learner takes a whole GRPO step (log-probabilities, entropies, loss,
-backward, clip, AdamW), the peer a supervised one, which is less work.
+Only real tokens count, padding does not. What each side does in a step stands in ``benchmarks.learner_sides``. Where
+there is a GPU, ``benchmarks.learner_gpu`` runs the same on it, with a larger model.
 """
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks import learner_sides as sides
 from benchmarks.flops import training_flops
+from benchmarks.learner_memory import peak_bytes
+from benchmarks.learner_sides import Batch, ragged_batch
 from benchmarks.machine import matmul_rate, usable_cores
 from benchmarks.measure import Comparison, Series, take_turns, timed
 from benchmarks.options import Options
-from benchmarks.transformers_peer import PaddedTrainer, fastest_experts, load, padded
-from benchmarks.workload import ragged_lengths, write_model
+from benchmarks.workload import write_model
 
-_PROMPT = 24  # tokens
-_ROWS = 16  # sequences of a padded micro-batch
+_SPEED_GOAL, _SHARE_GOAL = 1.5, 0.7
 
 
 def run(options: Options) -> list[Comparison]:
@@ -28,98 +29,112 @@ def run(options: Options) -> list[Comparison]:
     folder = options.scratch / "model"
     config = write_model(folder, seed=options.seed)
     batch = ragged_batch(config.vocab_size, options.pick(96, 32), limit=512, seed=options.seed)
-    fed = [len(tokens) - 1 for tokens in batch]  # the last token of a sequence is predicted, not fed
-    under_loss = sum(len(tokens) - _PROMPT for tokens in batch)
-
-    ours = _learner(folder, batch, options.seed)
-    model = load(folder)
-    probe = padded(batch[:_ROWS], [_PROMPT] * _ROWS)
-    experts = fastest_experts(model, lambda: model(**probe, use_cache=False).loss.backward())
+    experts = sides.experts_of_choice(folder, batch)
     options.say(f"transformers: experts {experts} are the fastest")
-    given = PaddedTrainer(model, rows=_ROWS, by_length=False)
-    by_length = PaddedTrainer(model, rows=_ROWS, by_length=True)
-    prompts = [_PROMPT] * len(batch)
-
-    def tokens_per_s(work: Any) -> float:
-        return sum(fed) / timed(work)
-
-    values = take_turns(
-        {
-            "ours": lambda: tokens_per_s(ours),
-            "by_length": lambda: tokens_per_s(lambda: by_length.step(batch, prompts)),
-            "given": lambda: tokens_per_s(lambda: given.step(batch, prompts)),
-            "matmul": lambda: matmul_rate(seconds=1.0) / 1e9,
-        },
-        rounds=options.pick(5, 3),
-        warmup=1,
-    )
-    per_token = training_flops(config, fed, under_loss) / sum(fed) / 1e9
-    padding = {
-        "workload": f"{len(batch)} sequences of {_PROMPT} prompt tokens and 1 to 512 completion tokens (geometric), "
-        f"{sum(fed)} tokens in all, the longest {max(fed)}; one optimizer step",
-        "transformers": f"DeepseekV3ForCausalLM, experts {experts} (the faster of eager and grouped_mm), sdpa, "
-        f"micro-batches of {_ROWS} padded to their longest",
+    steps: dict[str, Callable[[], Any]] = {
+        "ours": sides.learner(folder, batch),
+        "by_length": sides.transformers(folder, batch, experts=experts),
+        "given": sides.transformers(folder, batch, experts=experts, by_length=False),
+        "trl": sides.trl(folder, batch, scratch=options.scratch, experts=experts),
     }
-    return [
-        Comparison(
-            key="learner",
-            title="Learner against transformers, training step on one ragged batch",
-            unit="tokens/s",
-            ours=Series(name="r1 learner", values=values["ours"]),
-            peers=(
-                Series(name="transformers, sorted by length", values=values["by_length"]),
-                Series(name="transformers, as drawn", values=values["given"]),
-            ),
-            notes=padding,
-        ),
-        Comparison(
-            key="learner-share",
-            title="Learner's useful operations against the machine's fp32 matrix-multiply rate",
-            unit="GFLOP/s",
-            ours=Series(name="r1 learner", values=tuple(v * per_token for v in values["ours"])),
-            peers=(Series(name="matrix product 2048 x 2048", values=values["matmul"]),),
-            reading="of the rate",
-            notes={
-                "counted": f"{per_token * 1e3:.1f} MFLOP per token: matrix products of the active parameters, causal "
-                "attention, LM head on completion tokens, forward and backward; the optimizer counts nothing",
-                "transformers": "sorted by length reaches "
-                f"{_share(values['by_length'], values['matmul'], per_token):.0%} of the rate by the same count",
-            },
-        ),
+    tokens = sum(batch.fed)
+    turns: dict[str, Callable[[], float]] = {
+        name: (lambda step=step: tokens / timed(step)) for name, step in steps.items()
+    }
+    turns["matmul"] = lambda: matmul_rate(seconds=1.0) / 1e9
+    values = take_turns(turns, rounds=options.pick(5, 2), warmup=1)
+    per_token = training_flops(config, batch.fed, batch.under_loss) / tokens / 1e9
+    found = [
+        speed(values, _workload(batch), experts),
+        share(values, per_token, goal=_SHARE_GOAL, rate="fp32 matrix product 2048 x 2048"),
+        _memory(options, folder, batch, experts),
     ]
+    if torch.cuda.is_available():
+        from benchmarks import learner_gpu
+
+        found += learner_gpu.run(options)
+    return found
 
 
-def ragged_batch(vocabulary: int, count: int, *, limit: int, seed: int) -> list[list[int]]:
-    """Random tokens: a prompt of fixed length and a completion as long as the benchmark's model would sample."""
-    rng = random.Random(seed)
-    lengths = ragged_lengths(count, limit=limit, seed=seed)
-    return [[rng.randrange(vocabulary) for _ in range(_PROMPT + length)] for length in lengths]
+def speed(values: dict[str, tuple[float, ...]], workload: str, experts: str, *, where: str = "") -> Comparison:
+    """Tokens/s of all sides."""
+    return Comparison(
+        key=f"learner{where and '-' + where.lower()}",
+        title=f"Learner against transformers and TRL, training step on one ragged batch{where and ', ' + where}",
+        unit="tokens/s",
+        ours=Series(name="r1 learner", values=values["ours"]),
+        peers=(
+            Series(name="transformers, sorted by length", values=values["by_length"]),
+            Series(name="transformers, as drawn", values=values["given"]),
+            Series(name="TRL's GRPO loss", values=values["trl"]),
+        ),
+        goal=_SPEED_GOAL,
+        notes={
+            "workload": workload,
+            "transformers": f"DeepseekV3ForCausalLM, experts {experts} (the faster of eager and grouped_mm), sdpa, "
+            f"micro-batches of {sides.ROWS} padded to their longest; a supervised step, which is less work",
+            "TRL": "GRPOTrainer's own loss and padding (to the longest completion of the step) on the same model and "
+            f"experts, micro-batches of {sides.ROWS}, no gradient checkpointing, no reference model",
+        },
+    )
 
 
-def _learner(folder: Any, batch: list[list[int]], seed: int) -> Any:
-    """One GRPO step of the learner on the batch."""
-    import math
+def share(
+    values: dict[str, tuple[float, ...]], per_token: float, *, goal: float, rate: str, where: str = ""
+) -> Comparison:
+    """Useful operations against the measured rate. ``per_token``: GFLOP of one token."""
+    theirs = Series(name="", values=values["by_length"]).median * per_token
+    peak = Series(name="", values=values["matmul"]).median
+    return Comparison(
+        key=f"learner-share{where and '-' + where.lower()}",
+        title=f"Learner's useful operations against the matrix-multiply rate{where and ', ' + where}",
+        unit="GFLOP/s",
+        ours=Series(name="r1 learner", values=tuple(v * per_token for v in values["ours"])),
+        peers=(Series(name=rate, values=values["matmul"]),),
+        reading="of the rate",
+        goal=goal,
+        notes={
+            "counted": f"{per_token * 1e3:,.1f} MFLOP per token: matrix products of the active parameters, causal "
+            "attention, LM head on completion tokens, forward and backward; the optimizer, padding and what is "
+            "computed twice count nothing",
+            "transformers": f"sorted by length reaches {theirs / peak:.0%} of the rate by the same count",
+        },
+    )
 
-    from policy.batch import Sample
-    from policy.config import LearnerConfig, LossConfig, ModelConfig, OptimizerConfig
-    from policy.learner import Learner
-    from policy.loading import load_policy
 
-    model, _ = load_policy(ModelConfig(path=str(folder)), seed)
-    learner = Learner(model, optimizer=OptimizerConfig(), loss=LossConfig(), config=LearnerConfig(), total_steps=1000)
-    rng = random.Random(seed)
-    flat = -math.log(model.config.vocab_size)
-    samples = [
-        Sample(
-            token_ids=tuple(tokens),
-            prompt_length=_PROMPT,
-            rollout_logprobs=(flat,) * (len(tokens) - _PROMPT),
-            advantage=rng.gauss(0, 1),
-        )
-        for tokens in batch
+def memory(peaks: Sequence[tuple[str, float]], notes: dict[str, str], *, where: str = "") -> Comparison:
+    """Peak memory of all sides, ours first; (name, bytes)."""
+    first, *others = (Series(name=name, values=(peak / 2**20,)) for name, peak in peaks)
+    return Comparison(
+        key=f"learner-memory{where and '-' + where.lower()}",
+        title=f"Peak memory of the same training step{where and ', ' + where}",
+        unit="MiB",
+        ours=first,
+        peers=tuple(others),
+        reading="times their memory",
+        notes=notes,
+    )
+
+
+def _memory(options: Options, folder: Any, batch: Batch, experts: str) -> Comparison:
+    peaks = [
+        ("r1 learner", peak_bytes("learner", folder, batch, "cpu")),
+        ("transformers, sorted by length", peak_bytes("transformers", folder, batch, "cpu", experts=experts)),
+        ("TRL's GRPO loss", peak_bytes("trl", folder, batch, "cpu", experts=experts, scratch=options.scratch)),
+        ("r1 learner, layers recomputed", peak_bytes("learner", folder, batch, "cpu", checkpointing="layer")),
     ]
-    return lambda: learner.step(samples)
+    return memory(
+        peaks,
+        {
+            "measured": "each side in a process of its own: largest resident size during two steps over that with the "
+            "libraries imported and no model loaded",
+            "micro-batches": f"ours of at most 8,192 tokens, theirs of {sides.ROWS} sequences",
+        },
+    )
 
 
-def _share(tokens_per_s: tuple[float, ...], matmul: tuple[float, ...], per_token: float) -> float:
-    return Series(name="", values=tokens_per_s).median * per_token / Series(name="", values=matmul).median
+def _workload(batch: Batch) -> str:
+    return (
+        f"{len(batch.sequences)} sequences of {batch.prompt} prompt tokens and 1 to 512 completion tokens (geometric), "
+        f"{sum(batch.fed)} tokens in all, the longest {max(batch.fed)}; one optimizer step"
+    )

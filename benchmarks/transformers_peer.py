@@ -16,33 +16,44 @@ EXPERTS = ("eager", "grouped_mm")
 gets, gigabytes for a training batch."""
 
 
-def load(folder: Path, experts: str | None = None) -> Any:
-    """The model of a folder in fp32, in training mode."""
+def load(folder: Path, experts: str | None = None, *, device: str = "cpu") -> Any:
+    """The model of a folder in training mode, fp32 on a CPU and bf16 on a GPU."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device)
     if experts is not None:
         model.set_experts_implementation(experts)
     return model.train()
 
 
-def fastest_experts(model: Any, work: Callable[[], Any]) -> str:
+def fastest_experts(model: Any, work: Callable[[], Any], names: Sequence[str] = EXPERTS) -> str:
     """Sets the implementation of the experts under which ``work`` takes the least time (better of two); names it."""
     found = {}
-    for name in EXPERTS:
+    for name in names:
         model.set_experts_implementation(name)
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
             work()
+            synchronise()
             seconds.append(time.perf_counter() - began)
         found[name] = min(seconds)
     best = min(found, key=lambda name: found[name])
     model.set_experts_implementation(best)
     return best
+
+
+def synchronise() -> None:
+    """Waits for the GPU's work, where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class PaddedTrainer:
@@ -58,7 +69,8 @@ class PaddedTrainer:
         import torch
 
         self._model, self._rows, self._by_length = model, rows, by_length
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        self._device = next(model.parameters()).device
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=self._device.type != "cpu")
 
     def step(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
         """Forward, cross-entropy of the completion tokens, backward, clip, AdamW."""
@@ -71,6 +83,7 @@ class PaddedTrainer:
         for start in range(0, len(order), self._rows):
             chosen = order[start : start + self._rows]
             inputs = padded([sequences[i] for i in chosen], [prompt_lengths[i] for i in chosen])
+            inputs = {name: tensor.to(self._device) for name, tensor in inputs.items()}
             loss = self._model(**inputs, use_cache=False, num_items_in_batch=tokens).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)

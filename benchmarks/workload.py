@@ -71,6 +71,7 @@ def balance_experts(model: Any, seed: int) -> None:
 
     rows, length = _BALANCE
     tokens = torch.randint(model.config.vocab_size, (1, rows * length), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens.to(model.device)
     biases = [layer.mlp.gate.e_score_correction_bias for layer in model.model.layers if layer.is_moe]
     with torch.no_grad():
         for turn in range(_BALANCE_ROUNDS):

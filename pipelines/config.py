@@ -95,6 +95,10 @@ class Recipe:
             raise ValueError(f"name must be a folder name of letters, digits, - _ and ., got {self.name!r}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.model.lora is not None and self.model.lora.experts and self.parallel.expert_parallel > 1:
+            raise ValueError(
+                "model.lora.experts needs all experts on every rank: set parallel.expert_parallel to 1, or it to false"
+            )
         if not self.stages:
             raise ValueError("stages is empty: a recipe needs at least one stage")
         names = [stage.name for stage in self.stages]

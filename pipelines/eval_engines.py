@@ -66,9 +66,7 @@ class CheckpointEngines:
         self._cores = own_cores(cpus)
         start_ray(ray_address, len(self._cores))
         _check_gpus(engine, count_gpus())
-        self._launch = Launcher(
-            folder=folder, engine=engine, dtype=dtype, seed=seed, cores=self._cores, beside_learner=False
-        )
+        self._launch = Launcher(folder=folder, engine=engine, dtype=dtype, seed=seed, cores=self._cores, learners=0)
         self.count = self._launch.count()
         self._pool = RolloutPool(self._launch, engine, self.count, note)
 

@@ -159,7 +159,8 @@ def connect_trainer(backend: str, client: HandOver, tensors: Tensors, init: dict
 
     class CheckpointSource(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors()]
+            outlines = getattr(tensors, "outlines", tensors)  # gathers nothing where the model is sharded
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in outlines()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             return iter(tensors())

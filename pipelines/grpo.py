@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pipelines.bad_steps import check_groups
 from pipelines.evaluate import HeldoutSet, evaluate_sets
 from policy.advantages import AdvantageStats, group_advantages
 from policy.config import AdvantageConfig, LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
@@ -128,8 +129,11 @@ def train_grpo(
         AttestationError: the engines do not hold the learner's weights.
         RewardFailure: a reward function failed too often.
         WorkerFailure: rollout workers were lost too often.
+        NonFiniteError: too many optimizer steps in a row were not finite.
     """
-    workers.begin_stage(stage.optimizer, stage.loss, stage.learner, total_steps=stage.steps * stage.mini_batches)
+    workers.begin_stage(
+        stage.optimizer, stage.loss, stage.learner, stage.router, total_steps=stage.steps * stage.mini_batches
+    )
     start = workers.resume(folder, prompts)
     sync = workers.sync_weights(start)
     for step in range(start, stage.steps):
@@ -146,6 +150,7 @@ def train_grpo(
             folder.complete_step(step, groups)
         with clock("learner"):
             learned = workers.learner_step(stage, groups)
+        check_groups(stage, workers, folder, step, learned, groups)
         with clock("sync"):
             sync = workers.sync_weights(step + 1)
         evaluated: dict[str, float] = {}

@@ -23,7 +23,7 @@ class Launcher:
         dtype: ``float32`` | ``bfloat16``.
         seed: of vLLM itself.
         cores: what all workers share, when they run on CPUs.
-        beside_learner: a learner takes a GPU, or half of the only one.
+        learners: ranks of a learner beside the workers, which take a GPU each, or one of them half of the only one.
     """
 
     folder: Path
@@ -31,14 +31,14 @@ class Launcher:
     dtype: str
     seed: int
     cores: Sequence[int]
-    beside_learner: bool = True
+    learners: int = 1
 
     def count(self) -> int:
         """Number of workers: as configured, else one per core (at most 4) or as many as the GPUs hold."""
         if self.engine.workers:
             return self.engine.workers
         gpus = count_gpus()
-        free = gpus - 1 if self.beside_learner else gpus
+        free = gpus - self.learners
         return max(1, free // self.engine.tensor_parallel) if gpus else min(4, len(self.cores))
 
     def __call__(self, index: int) -> Handle:
@@ -50,7 +50,7 @@ class Launcher:
         count, cores = self.count(), self.cores
         own = cores[index * len(cores) // count : (index + 1) * len(cores) // count] or [cores[index % len(cores)]]
         gpus = count_gpus()
-        each = gpus_of_one(gpus) if self.beside_learner else min(gpus, 1)
+        each = gpus_of_one(gpus) if self.learners else min(gpus, 1)
         bind = None if gpus else ",".join(map(str, own))
         if not gpus:
             check_latent(self.folder)

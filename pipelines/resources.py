@@ -62,15 +62,17 @@ def gpus_of_one(gpus: int) -> float:
     return 0.5 if gpus == 1 else min(gpus, 1)
 
 
-def check_gpus(engine: EngineConfig, gpus: int) -> None:
-    """Sees that learner and engines fit on the GPUs, which Ray would wait for without a word.
+def check_gpus(engine: EngineConfig, gpus: int, learners: int = 1) -> None:
+    """Sees that the learner's ranks and the engines fit on the GPUs, which Ray would wait for without a word.
 
     Raises:
         ValueError: they do not.
     """
     ranks = max(1, engine.workers) * engine.tensor_parallel
-    if gpus and ranks > max(1, gpus - 1):
+    shared = gpus == learners == 1
+    if gpus and ranks > (1 if shared else gpus - learners):
         raise ValueError(
-            f"engine.workers x engine.tensor_parallel asks for {ranks} GPUs beside the learner's, and there are {gpus} "
-            "in all (a single one is shared by learner and engine): lower them, or add GPUs"
+            f"engine.workers x engine.tensor_parallel asks for {ranks} GPUs beside the learner's {learners} "
+            f"(parallel.ranks), and there are {gpus} in all (a single one is shared by learner and engine): lower "
+            "them, or add GPUs"
         )

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from evals.contamination import check_contamination
 from pipelines.evaluate import EvalStage, completions_of, run_eval
 from pipelines.grpo import GrpoStage, check_gate, train_grpo
+from pipelines.machine import machine
 from pipelines.problem_sets import ProblemSets
 from pipelines.run_dir import RunDir, StageDir
 from pipelines.schema import plain
 from pipelines.sft import SftStage, resolve_target, train_sft
 from pipelines.tracking import Tracker
+from policy.config import RouterConfig
 from rewards.base import BUILT_IN, RewardConfig, check_problems
 from rewards.bounded import BoundedCalls, Overrun
 from rewards.calling import bind
@@ -65,17 +67,23 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
     """Loads data, resolves functions and finds the model, so that a run does not fail late.
 
     Returns:
-        ``{"name", "seed", "stages": [{"name", "kind", "problems", …}]}``.
+        ``{"name", "seed", "stages": [{"name", "kind", "problems", …}]}``, and ``"mtp"`` where the model has
+        multi-token-prediction weights: what becomes of them.
 
     Raises:
         ValueError: names what is missing and where.
     """
+    from policy.layout import check_layout
     from policy.loading import check_model
+    from policy.routing import check_routing
 
-    check_model(recipe.model)
+    mtp = check_model(recipe.model)
+    check_layout(recipe.model, recipe.parallel)
     stages = []
     for stage in recipe.stages:
         entry: dict[str, Any] = {"name": stage.name, "kind": stage.kind}
+        router, experts = getattr(stage, "router", RouterConfig()), recipe.engine.return_routed_experts
+        check_routing(recipe.model, router, f"stages.{stage.name}", return_experts=experts)
         if isinstance(stage, SftStage | GrpoStage):
             entry["problems"] = len(problems.training(stage.data))
             entry["steps"] = stage.steps
@@ -95,7 +103,8 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
         stages.append(entry)
     _check_gates(recipe.stages)
     _check_contamination(recipe, problems)
-    return {"name": recipe.name, "seed": recipe.seed, "stages": stages}
+    report = {"name": recipe.name, "seed": recipe.seed, "stages": stages}
+    return report if mtp is None else {**report, "mtp": mtp}
 
 
 def _run_stages(recipe: Recipe, run: RunDir, folders: Sequence[StageDir], problems: ProblemSets) -> None:
@@ -119,7 +128,9 @@ def _run_stages(recipe: Recipe, run: RunDir, folders: Sequence[StageDir], proble
                 if isinstance(stage, GrpoStage):
                     check_gate(stage.gate, results)
                 started = time.monotonic()
-                run.note({"event": "stage_started", "stage": stage.name, "kind": stage.kind})
+                run.note(
+                    {"event": "stage_started", "stage": stage.name, "kind": stage.kind, "machine": machine(recipe)}
+                )
                 with Tracker(
                     folder, recipe.tracking, recipe.name, total=_total(stage, problems), view=view, recipe=plain(recipe)
                 ) as tracker:

@@ -46,6 +46,7 @@ _FREE_KEYS = (
     *(f"engine.{key}" for key in ("workers", "max_replacements", "timeout_s", "kv_cache_gib", "gpu_memory_utilization",
                                   "max_num_seqs", "max_model_len", "attest_tolerance")),
 )  # fmt: skip
+_FREE_ENDINGS = (".learner.max_bad_steps",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,10 @@ class RunConfig:
     Attributes:
         dir: parent of the run folders, relative to the working directory.
         checkpoint_every: steps between complete checkpoints, >= 1; the last step of a stage is always saved.
-        keep_checkpoints: newest checkpoints kept per stage, >= 1.
+        checkpoint_background: write checkpoints while training goes on; a step then waits only for a copy of the
+            learner's state in the CPU's memory (12 bytes per weight), not for the disk. The last of a stage is always
+            waited for.
+        keep_checkpoints: newest checkpoints kept per stage, >= 1; one more while the next is being made.
         ray_address: address of a running Ray cluster (``auto`` finds it); null starts one on this machine.
         cpus: CPU cores that learner and rollout workers share on this machine; 0 takes all. (With another number of
             cores the learner's sums round differently in their last bits.)
@@ -63,6 +67,7 @@ class RunConfig:
 
     dir: str = "runs"
     checkpoint_every: int = 10
+    checkpoint_background: bool = True
     keep_checkpoints: int = 2
     ray_address: str | None = None
     cpus: int = 0
@@ -360,7 +365,7 @@ def _check_same_recipe(resolved: Path, loaded: LoadedRecipe) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):
         raise RunDirError(f"{resolved} is damaged: restore it, or begin anew with --fresh") from None
     new = flatten(plain(loaded.recipe))
-    keys = [k for k in dict.fromkeys((*old, *new)) if not k.startswith(_FREE_KEYS)]
+    keys = [k for k in dict.fromkeys((*old, *new)) if not (k.startswith(_FREE_KEYS) or k.endswith(_FREE_ENDINGS))]
     changed = [f"{k}: {_show(old, k)} -> {_show(new, k)}" for k in keys if _show(old, k) != _show(new, k)]
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines.bad_steps import check_rows
 from policy.config import LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
 from rollout.prompts import DataConfig, PromptStream
-from rollout.template import check_template
+from rollout.template import check_template, render_prompt
 from rollout.types import Problem
 
 if TYPE_CHECKING:
     from pipelines.run_dir import StageDir
     from pipelines.tracking import Tracker
     from pipelines.workers import Workers
+
+Demonstrate = Callable[[Problem, random.Random], str]
+
+
+class Encoder(Protocol):
+    """Turns a demonstration into tokens; what a stage has in its workers."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def encode_demonstration(self, problem: Problem, text: str, template: str) -> tuple[list[int], int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,8 @@ class SftStage:
 
     def __post_init__(self) -> None:
         check_template(self.template)
+        if self.router.replay:
+            raise ValueError("router.replay replays a sampler's choice, and demonstrations have none: set it to false")
         for name in ("steps", "batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -63,19 +77,18 @@ def train_sft(
 
     Raises:
         ValueError: the target column or function is not there, or a demonstration does not fit into the context.
+        NonFiniteError: too many optimizer steps in a row were not finite.
     """
     demonstrate = resolve_target(stage)
-    workers.begin_stage(stage.optimizer, LossConfig(), stage.learner, total_steps=stage.steps)
+    workers.begin_stage(stage.optimizer, LossConfig(), stage.learner, stage.router, total_steps=stage.steps)
     start = workers.resume(folder, prompts)
     for step in range(start, stage.steps):
         clock = tracker.clock(step)
         problems = prompts.next(stage.batch_size)
-        rows = [
-            workers.encode_demonstration(problem, demonstrate(problem, _rng(workers.seed, step, i)), stage.template)
-            for i, problem in enumerate(problems)
-        ]
+        rows = demonstrations(stage, step, problems, demonstrate, workers)
         with clock("learner"):
             learned = workers.sft_step(rows)
+        check_rows(workers, folder, step, learned, problems, rows)
         if (step + 1) % stage.log_every == 0 or step + 1 == stage.steps:
             tracker.log(step, {**learned, **clock.metrics()})
         else:
@@ -85,7 +98,7 @@ def train_sft(
     return tracker.headline("learner/loss")
 
 
-def resolve_target(stage: SftStage) -> Callable[[Problem, random.Random], str]:
+def resolve_target(stage: SftStage) -> Demonstrate:
     """The function that turns a problem into the completion to imitate.
 
     Raises:
@@ -112,5 +125,29 @@ def resolve_target(stage: SftStage) -> Callable[[Problem, random.Random], str]:
     return column
 
 
-def _rng(seed: int, step: int, index: int) -> random.Random:
-    return random.Random(f"{seed}/{step}/{index}")
+def demonstrations(
+    stage: SftStage, step: int, problems: Sequence[Problem], demonstrate: Demonstrate, encoder: Encoder
+) -> list[tuple[list[int], int]]:
+    """The step's rows: ``(token ids, prompt length)`` of each problem. They follow from data and seed alone."""
+    texts = (demonstrate(problem, random.Random(f"{encoder.seed}/{step}/{i}")) for i, problem in enumerate(problems))
+    pairs = zip(problems, texts, strict=True)
+    return [encoder.encode_demonstration(problem, text, stage.template) for problem, text in pairs]
+
+
+def encode_demonstration(
+    problem: Problem, text: str, template: str, tokenizer: Any, limit: int
+) -> tuple[list[int], int]:
+    """``(token ids, prompt length)`` of a prompt followed by ``text`` and the end-of-sequence token.
+
+    Raises:
+        ValueError: longer than ``limit``, which is ``engine.max_model_len``.
+    """
+    prompt = render_prompt(problem, tokenizer, template)
+    answer = tokenizer.encode(text, add_special_tokens=False)
+    ids = [*prompt, *answer, tokenizer.eos_token_id]
+    if len(ids) > limit:
+        raise ValueError(
+            f"problem {problem.id}: prompt and demonstration take {len(ids)} tokens, engine.max_model_len is "
+            f"{limit}: shorten the data or raise it"
+        )
+    return ids, len(prompt)

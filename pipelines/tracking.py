@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.console import View
 from pipelines.files import RunDirError, append_line, read_lines, write_atomic
-from policy.glossary import ADVANTAGE_METRICS, LEARNER_METRICS
+from policy.glossary import ADVANTAGE_METRICS, LEARNER_METRICS, LEARNER_TIMES
 from rewards.rubric import REWARD_METRICS
 from rollout.types import RolloutGroup
 
@@ -45,7 +45,8 @@ _OWN_METRICS: dict[str, str] = {
     "sync/canary_mean_abs": "Mean |Δlogp| between engine and learner on the canary texts of the sync, nats.",
     "sync/canary_max_abs": "Largest |Δlogp| between engine and learner on the canary texts of the sync, nats.",
     "seconds/{phase}": "Seconds that this step spent in a phase: rollout, journal, learner, sync, eval.",
-    "seconds/checkpoint": "Seconds of the checkpoint that was written after the step before was logged.",
+    "seconds/checkpoint": "Seconds that the run waited for a checkpoint after the step before was logged: for a copy "
+    "of the state, or for all of it when it was not written in the background.",
     "seconds/step": "Seconds of the whole step up to the moment it was logged.",
     "eval/{set}/pass_at_1": "Mean over the problems of a held-out set of the mean over their samples that pass.",
     "eval/{set}/ci_low": "Lower end of the 95 % interval of pass_at_1 (over problems).",
@@ -57,6 +58,14 @@ _OWN_METRICS: dict[str, str] = {
 
 METRICS: dict[str, str] = {**REWARD_METRICS, **_OWN_METRICS, **ADVANTAGE_METRICS, **LEARNER_METRICS}
 """Every metric's name -> one sentence with its unit."""
+
+TIMES = LEARNER_TIMES | {name for name in _OWN_METRICS if name.startswith("seconds/")} | {
+    "sync/seconds", "rollout/tokens_per_s",
+}  # fmt: skip
+"""Seconds and rates: how fast the machine was. Like all names here, as they are declared."""
+
+OF_ENGINES = frozenset(name for name in _OWN_METRICS if name.startswith(("eval/", "sync/canary_")))
+"""What engines answered after the step; everything else follows from the step's rollouts and the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +302,13 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 def describe_metric(name: str) -> str | None:
     """The sentence of a metric, placeholders matched; None when it is not declared."""
-    exact = METRICS.get(name)
-    return exact or next((text for pattern, text in _patterns() if pattern.fullmatch(name)), None)
+    declared = declared_name(name)
+    return None if declared is None else METRICS[declared]
+
+
+def declared_name(name: str) -> str | None:
+    """The name under which a metric is declared, placeholders matched; None when it is not."""
+    return name if name in METRICS else next((text for pattern, text in _patterns() if pattern.fullmatch(name)), None)
 
 
 def glossary_markdown() -> str:
@@ -313,12 +327,12 @@ def glossary_markdown() -> str:
 
 
 @cache
-def _patterns() -> list[tuple[re.Pattern[str], str]]:
+def _patterns() -> list[tuple[re.Pattern[str], str]]:  # with the name that each stands for
     found = []
-    for name, text in METRICS.items():
+    for name in METRICS:
         if "{" in name:
             parts = re.split(r"\{(\w+)\}", name)  # the odd ones are placeholders
-            found.append((re.compile("".join(".+" if i % 2 else re.escape(p) for i, p in enumerate(parts))), text))
+            found.append((re.compile("".join(".+" if i % 2 else re.escape(p) for i, p in enumerate(parts))), name))
     return found
 
 

@@ -9,8 +9,8 @@ kernels, layouts, routing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,23 @@ _ALGORITHM = "xxh3_128"
 _KEPT = 2  # segments: the current version, and the one before for an engine that is still mapping it
 
 
+Tensors = Callable[[], Iterable[tuple[str, Any]]]
+
+
 class AttestationError(RuntimeError):
     """An engine does not hold the learner's weights. The run must stop: every rollout from here on would be wrong."""
+
+
+def sender(model: Any, *, backend: str, dtype: str, run_id: str, receivers: int) -> WeightSender | Onlooker:
+    """What a learner's process publishes its weights with; of a sharded model the first rank alone sends.
+
+    Raises:
+        ValueError: see :class:`WeightSender`.
+    """
+    tensors = SentTensors(model, dtype)
+    if tensors.rank > 0:
+        return Onlooker(tensors, passes=1 if backend == "shm" else 2)
+    return WeightSender(model, backend=backend, dtype=dtype, run_id=run_id, receivers=receivers)
 
 
 class WeightSender:
@@ -46,7 +61,8 @@ class WeightSender:
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"engine.weight_backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        tensors = partial(sent_tensors, model, dtype)
+        tensors = SentTensors(model, dtype)
+        assert tensors.rank == 0, "the other ranks look on"
         self._transport: Any
         if backend == "shm":
             self._transport = SharedMemoryTransport(tensors, run_id)
@@ -55,6 +71,11 @@ class WeightSender:
 
         if not torch.cuda.is_available():
             raise ValueError(f"engine.weight_backend {backend} needs GPUs; use shm on a CPU")
+        if backend == "ipc" and tensors.ranks > 1:
+            raise ValueError(
+                "engine.weight_backend ipc hands over the memory of one process, and the learner has "
+                f"{tensors.ranks} (parallel.ranks): use nccl or shm"
+            )
         from pipelines.gpu_transfer import GpuTransport
 
         self._transport = GpuTransport(backend, tensors, receivers)
@@ -79,14 +100,12 @@ class SharedMemoryTransport:
     """Writes each version into a segment of shared memory; keeps this version and the one before.
 
     Args:
-        tensors: (name, tensor) pairs in checkpoint form, anew at each call.
+        tensors: (name, tensor) pairs in checkpoint form, anew at each call; one is dropped before the next is taken.
         run_id: part of the segments' names.
         directory: where they lie; what dead processes left there is removed.
     """
 
-    def __init__(
-        self, tensors: Callable[[], Iterable[tuple[str, Any]]], run_id: str, directory: Path = DIRECTORY
-    ) -> None:
+    def __init__(self, tensors: Tensors, run_id: str, directory: Path = DIRECTORY) -> None:
         self._tensors, self._run_id, self._directory = tensors, run_id, directory
         self._segments: list[Segment] = []
         remove_stale(directory)
@@ -95,22 +114,23 @@ class SharedMemoryTransport:
         """See :meth:`WeightSender.publish`."""
         import torch
 
-        tensors = list(self._tensors())
-        offsets, size = layout([t.numel() * t.element_size() for _, t in tensors])
+        outlines = outlined(self._tensors)
+        offsets, size = layout([t.numel() * t.element_size() for _, t in outlines])
         while len(self._segments) >= _KEPT:
             self._segments.pop(0).unlink()
         segment = Segment.create(self._run_id, version, size, self._directory)
         self._segments.append(segment)
-        for (_, tensor), offset in zip(tensors, offsets, strict=True):
+        for (name, tensor), (expected, outline), offset in zip(self._tensors(), outlines, offsets, strict=True):
+            assert (name, tensor.dtype, tensor.shape) == (expected, outline.dtype, outline.shape)
             if tensor.numel():
                 place = torch.frombuffer(segment.buffer, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
                 place.view(tensor.shape).copy_(tensor)
         return WeightUpdate(
             version=version,
             backend="shm",
-            names=tuple(name for name, _ in tensors),
-            dtypes=tuple(str(t.dtype).removeprefix("torch.") for _, t in tensors),
-            shapes=tuple(tuple(t.shape) for _, t in tensors),
+            names=tuple(name for name, _ in outlines),
+            dtypes=tuple(str(t.dtype).removeprefix("torch.") for _, t in outlines),
+            shapes=tuple(tuple(t.shape) for _, t in outlines),
             checksum=segment.digest(_ALGORITHM),
             payload={"path": str(segment.path), "size": size, "algorithm": _ALGORITHM, "offsets": offsets},
         )
@@ -121,18 +141,81 @@ class SharedMemoryTransport:
             self._segments.pop().unlink()
 
 
-def sent_tensors(model: Any, dtype: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) in checkpoint form: parameters and buffers, whole, in the dtype in which they are sent."""
+class Onlooker:
+    """The side of a sharded learner's other ranks: they gather with the first one, which sends, and keep nothing.
+
+    Args:
+        tensors: as the first rank's.
+        passes: how often that one goes through them for each version. The last of two happens in a thread, as there.
+    """
+
+    def __init__(self, tensors: Tensors, passes: int) -> None:
+        self._tensors, self._passes = tensors, passes
+        self._thread: threading.Thread | None = None
+
+    def publish(self, version: int) -> None:
+        """See :meth:`WeightSender.publish`."""
+        self.close()
+        self._look_on()
+        if self._passes > 1:
+            self._thread = threading.Thread(target=self._look_on, name=f"r1-weights-v{version}", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Returns when the version before is gathered; safe to call twice."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _look_on(self) -> None:
+        for _ in self._tensors():
+            pass
+
+
+class SentTensors:
+    """The weights of a model as they are sent, anew at each call; see :func:`sent_tensors`.
+
+    Attributes:
+        rank, ranks: this process among those over which the model is sharded; 0 of 1 when it is whole.
+    """
+
+    def __init__(self, model: Any, dtype: str) -> None:
+        from policy.parallel import sharded
+
+        self._model, self._dtype = model, dtype
+        root = sharded(model)
+        self.rank, self.ranks = (0, 1) if root is None else (root.ranks.rank, root.ranks.size)
+
+    def __call__(self) -> Iterator[tuple[str, Any]]:
+        return sent_tensors(self._model, self._dtype)
+
+    def outlines(self) -> list[tuple[str, Any]]:
+        """The same on the ``meta`` device: names, dtypes and shapes, without gathering or merging anything."""
+        from policy.parallel import Outlines
+
+        return list(sent_tensors(self._model, self._dtype, Outlines(self._model)))
+
+
+def outlined(tensors: Tensors) -> list[tuple[str, Any]]:
+    """Names, dtypes and shapes of what will be sent, as tensors."""
+    return list(getattr(tensors, "outlines", tensors)())
+
+
+def sent_tensors(model: Any, dtype: str, state: Mapping[str, Any] | None = None) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) in checkpoint form: parameters and buffers, whole, in the dtype in which they are sent.
+
+    Those of a sharded model are gathered one at a time, by all ranks together. ``state`` replaces the live weights.
+    """
     import torch
 
     from policy.model import checkpoint_tensors
+    from policy.parallel import sharded
 
-    own, target = model.dtype, getattr(torch, dtype)
-    for name, tensor in checkpoint_tensors(model):
-        gather = getattr(tensor, "full_tensor", None)  # a shard of FSDP
-        whole = tensor if gather is None else gather()
-        keep = whole.dtype != own or name.endswith("e_score_correction_bias")
-        yield name, whole.detach() if keep else whole.detach().to(target)
+    root, target = sharded(model), getattr(torch, dtype)
+    own = model.dtype if root is None else root.dtype
+    for name, tensor in checkpoint_tensors(model, state):
+        keep = tensor.dtype != own or name.endswith("e_score_correction_bias")
+        yield name, tensor.detach() if keep else tensor.detach().to(target)
 
 
 def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -173,8 +256,13 @@ def before_ties(margins: Sequence[Sequence[float]], dtype: str) -> list[int]:
     Where two experts score alike up to rounding, engine and learner may choose differently, and everything from that
     token on differs by much more than rounding although both hold the same weights.
     """
-    tie = 2e-5 if dtype == "float32" else 2e-2
+    tie = tie_margin(dtype)
     return [next((i for i, margin in enumerate(row) if margin < tie), len(row)) for row in margins]
+
+
+def tie_margin(dtype: str) -> float:
+    """Scores of experts that are nearer than this may change places by rounding."""
+    return 2e-5 if dtype == "float32" else 2e-2
 
 
 def attest_meaning(

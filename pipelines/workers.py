@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.actors import Handle, RayHandle, settle
+from pipelines.actors import Handle, settle
+from pipelines.bad_steps import pinned
 from pipelines.grpo import GrpoStage, in_order
 from pipelines.launch import Launcher
-from pipelines.learner_service import LearnerService
-from pipelines.resources import actor, check_gpus, count_gpus, gpus_of_one, own_cores, start_ray
+from pipelines.learner_group import start_learner
+from pipelines.resources import check_gpus, count_gpus, own_cores, start_ray
 from pipelines.rollout_pool import Job, RolloutPool, SyncReport, WeightSource, canary_prompts
 from pipelines.run_dir import Journal, step_name
-from policy.checkpoint import latest_checkpoint, prune
-from policy.config import LearnerConfig, LossConfig, OptimizerConfig
+from pipelines.sft import encode_demonstration
+from policy.checkpoint import CheckpointError, latest_checkpoint, prune
+from policy.config import LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
 from rewards.rubric import Rubric, RubricConfig
-from rollout.engine import EngineDied, GenerateRequest
+from rollout.engine import EngineConfig, EngineDied, GenerateRequest
 from rollout.template import forces_thinking, prompt_text, render_prompt
 from rollout.types import Problem, RolloutGroup, SamplingParams, sampling_seed
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipelines.evaluate import HeldoutSet
     from pipelines.problem_sets import ProblemSets
     from pipelines.run_dir import RunDir, StageDir
+    from policy.guards import BadUpdate
     from rollout.prompts import PromptStream
 
 _EVAL_STEP = -1  # held-out sets are drawn with the same seeds before and after training
@@ -58,24 +60,21 @@ class Workers:
     def __init__(self, recipe: Recipe, run: RunDir, problems: ProblemSets) -> None:
         from transformers import AutoTokenizer
 
-        self.seed, self.run, self._recipe, self._engine = recipe.seed, run, recipe, recipe.engine
+        self.seed, self.run, self._recipe, self._engine = recipe.seed, run, recipe, engine_config(recipe)
         self._problems = problems
         self.base_version = 0
         self._rubrics: dict[str, Rubric] = {}
         self._cores = own_cores(recipe.run.cpus)
         start_ray(recipe.run.ray_address, len(self._cores))
-        check_gpus(self._engine, count_gpus())
-        self._learner: Handle = RayHandle(
-            actor(LearnerService, max_concurrency=1, num_gpus=gpus_of_one(count_gpus())).remote(
-                recipe.model, recipe.seed, len(self._cores)
-            )
-        )
-        self._ask_learner("load")
+        check_gpus(self._engine, count_gpus(), recipe.parallel.ranks)
+        self._learner: Handle = start_learner(recipe.model, recipe.seed, recipe.parallel, len(self._cores))
+        if told := self._ask_learner("load"):
+            run.note(told)
         self._seed_folder = run.path / "engine"
         self._ask_learner("export", str(self._seed_folder))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self._seed_folder)
         launch = Launcher(folder=self._seed_folder, engine=self._engine, dtype=recipe.model.dtype, seed=recipe.seed,
-                          cores=self._cores)  # fmt: skip
+                          cores=self._cores, learners=recipe.parallel.ranks)  # fmt: skip
         self._count = launch.count()
         self._pool = RolloutPool(launch, self._engine, self._count, run.note)
         asked, template = problems.canary()
@@ -93,10 +92,17 @@ class Workers:
         self._ask_learner("load_model", str(folder))
 
     def begin_stage(
-        self, optimizer: OptimizerConfig, loss: LossConfig, learner: LearnerConfig, total_steps: int
+        self,
+        optimizer: OptimizerConfig,
+        loss: LossConfig,
+        learner: LearnerConfig,
+        router: RouterConfig,
+        total_steps: int,
     ) -> None:
         """A fresh optimizer and schedule for a training stage."""
-        self._ask_learner("begin", optimizer=optimizer, loss=loss, config=learner, total_steps=total_steps)
+        self._ask_learner(
+            "begin", optimizer=optimizer, loss=loss, config=learner, router=router, total_steps=total_steps
+        )
 
     def resume(self, folder: StageDir, prompts: PromptStream) -> int:
         """Takes up the stage's last checkpoint; returns the step to go on with (0 when there is none)."""
@@ -109,12 +115,25 @@ class Workers:
         return extra["step"]
 
     def checkpoint(self, folder: StageDir, step: int, prompts: PromptStream, *, last: bool) -> None:
-        """Writes a complete state every ``run.checkpoint_every`` steps and after the last; keeps the newest few."""
-        if step % self._recipe.run.checkpoint_every and not last:
+        """Writes a complete state every ``run.checkpoint_every`` steps and after the last; keeps the newest few.
+
+        In the background unless it is the last one: what went wrong with one is told when the next is due.
+
+        Raises:
+            CheckpointError: this checkpoint or the one before it could not be written.
+        """
+        run, name = self._recipe.run, step_name(step)
+        if step % run.checkpoint_every and not last:
             return
         extra = {"step": step, "prompts": prompts.state()}
-        self._ask_learner("save", str(folder.checkpoints / step_name(step)), extra)
-        prune(folder.checkpoints, self._recipe.run.keep_checkpoints)
+        background = run.checkpoint_background and not last
+        self._ask_learner("save", str(folder.checkpoints / name), extra, background=background)
+        keep = run.keep_checkpoints
+        prune(folder.checkpoints, keep, also=pinned(folder.path, keep), writing=name if background else None)
+
+    def bad_updates(self) -> Sequence[BadUpdate]:
+        """What the last step skipped because it was not finite."""
+        return self._ask_learner("bad_updates")
 
     def export(self, folder: StageDir) -> None:
         """Leaves the stage's result as a Hugging Face folder."""
@@ -128,15 +147,7 @@ class Workers:
         Raises:
             ValueError: longer than ``engine.max_model_len``.
         """
-        prompt = render_prompt(problem, self.tokenizer, template)
-        answer = self.tokenizer.encode(text, add_special_tokens=False)
-        ids = [*prompt, *answer, self.tokenizer.eos_token_id]
-        if len(ids) > self._engine.max_model_len:
-            raise ValueError(
-                f"problem {problem.id}: prompt and demonstration take {len(ids)} tokens, engine.max_model_len is "
-                f"{self._engine.max_model_len}: shorten the data or raise it"
-            )
-        return ids, len(prompt)
+        return encode_demonstration(problem, text, template, self.tokenizer, self._engine.max_model_len)
 
     def sft_step(self, rows: Sequence[tuple[Sequence[int], int]]) -> dict[str, float]:
         """One supervised step; returns the learner's metrics."""
@@ -223,10 +234,12 @@ class Workers:
         try:
             for rubric in self._rubrics.values():
                 rubric.close()
-            with suppress(
-                EngineDied, TimeoutError
-            ):  # dead, or in the middle of a step: its segments go with the next run
+            try:
                 settle(self._learner.submit("close"), _CLOSE_S)
+            except (EngineDied, TimeoutError):
+                pass  # dead, or in the middle of a step: its segments go with the next run
+            except CheckpointError as error:  # an unfinished stage ends for another reason, which must be the one told
+                self.run.note({"event": "checkpoint_failed", "error": str(error)})
             self._pool.close()
             self._learner.kill()
         finally:
@@ -306,9 +319,12 @@ class Workers:
     def _requests(self, problem: Problem, step: int, samples: int, template: str) -> tuple[GenerateRequest, ...]:
         ids = self._prompt(problem, template)
         return tuple(
-            GenerateRequest(prompt_token_ids=ids, sample_index=i, seed=sampling_seed(self.seed, step, problem.id, i))
+            GenerateRequest(
+                prompt_token_ids=ids, sample_index=i, seed=sampling_seed(self.seed, step, problem.id, i),
+                routed_experts=self._engine.return_routed_experts and step != _EVAL_STEP,
+            )
             for i in range(samples)
-        )
+        )  # fmt: skip
 
     def _rubric(self, config: RubricConfig, problem: Problem, template: str) -> Rubric:
         forced = forces_thinking(prompt_text(problem, self.tokenizer, template))
@@ -316,6 +332,12 @@ class Workers:
         if key not in self._rubrics:
             self._rubrics[key] = Rubric(config, forced_think=forced, on_event=self.run.note)
         return self._rubrics[key]
+
+
+def engine_config(recipe: Recipe) -> EngineConfig:
+    """The recipe's engine, which returns the experts of its tokens when a stage replays them."""
+    replays = any(isinstance(stage, GrpoStage) and stage.router.replay for stage in recipe.stages)
+    return replace(recipe.engine, return_routed_experts=recipe.engine.return_routed_experts or replays)
 
 
 def _same(kept: Problem, asked: Problem) -> bool:

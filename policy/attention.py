@@ -6,13 +6,12 @@ R = qk_rope_head_dim, C = kv_lora_rank, S sequences of a bucket, L their padded 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
-from policy.causal import causal_attention
-from policy.layers import RMSNorm, normed_linear
-from policy.rope import rotate, softmax_scale
+from policy.causal import LatentHeads, causal_attention
+from policy.layers import RMSNorm, by_hand, normed_linear, normed_linears
+from policy.rope import softmax_scale
 from policy.segments import Segments
 
 
@@ -40,21 +39,25 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent_dim, self.heads * (self.nope_dim + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_dim, hidden, bias=bias)
 
-    def forward(self, x: Tensor, turns: Tensor, segments: Segments) -> Tensor:
-        """Causal attention within every segment. x [N, H], turns by position, complex [N, R / 2] -> [N, H]"""
-        q_nope, q_rope = self._queries(x).split((self.nope_dim, self.rope_dim), dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent_dim, self.rope_dim), dim=-1)
+    def forward(self, x: Tensor, norm: RMSNorm, turns: Tensor, segments: Segments) -> Tensor:
+        """Causal attention of norm(x) within every segment. x [N, H], turns by position [N, R / 2] -> [N, H]"""
+        query, latent, k_rope = self._projected(x, norm)
         kv = normed_linear(latent, self.kv_a_layernorm, self.kv_b_proj).view(-1, self.heads, self.nope_dim + self.v_dim)
-        k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
-        query = torch.cat((q_nope, rotate(q_rope, turns[:, None])), dim=-1)
-        shared = rotate(k_rope, turns)[:, None].expand(-1, self.heads, -1)
-        key = torch.cat((k_nope, shared), dim=-1)
-        return self.o_proj(causal_attention(query, key, value, self.scale, segments).flatten(1))
+        heads = LatentHeads(query.view(-1, self.heads, self.nope_dim + self.rope_dim), kv, k_rope, turns)
+        return self.o_proj(causal_attention(heads, self.scale, segments).flatten(1))
 
-    def _queries(self, x: Tensor) -> Tensor:
-        """[N, H] -> [N, A, D]"""
-        if self.low_rank_query:
-            q = normed_linear(self.q_a_proj(x), self.q_a_layernorm, self.q_b_proj)
+    def _projected(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, A * D], latent [N, C] and shared key [N, R] of norm(x)."""
+        first = self.q_a_proj if self.low_rank_query else self.q_proj
+        parts = (self.latent_dim, self.rope_dim)
+        if by_hand(x, first, self.kv_a_proj_with_mqa):
+            query, latent, k_rope = normed_linears(
+                x, norm, (first.weight, *self.kv_a_proj_with_mqa.weight.split(parts))
+            )
         else:
-            q = self.q_proj(x)
-        return q.view(-1, self.heads, self.nope_dim + self.rope_dim)
+            x = norm(x)
+            query = first(x)
+            latent, k_rope = self.kv_a_proj_with_mqa(x).split(parts, dim=-1)
+        if self.low_rank_query:
+            query = normed_linear(query, self.q_a_layernorm, self.q_b_proj)
+        return query, latent, k_rope

@@ -16,14 +16,15 @@ Shapes: N packed input tokens of a micro-batch, M of them under the loss (``loss
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from rollout.types import FinishReason, RolloutGroup
+from rollout.types import Completion, FinishReason, Rollout, RolloutGroup, unpack_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,12 +37,15 @@ class Sample:
         rollout_logprobs: the sampler's log-probability (nats) of each completion token; None for a
             demonstration. [T - prompt_length]
         advantage: of the whole completion; unused by supervised fine-tuning.
+        routed_experts: the experts of every token that is fed, to be replayed (every token but the last); None when
+            they are not known. [T - 1, MoE layers, K], any integer dtype
     """
 
     token_ids: tuple[int, ...]
     prompt_length: int
     rollout_logprobs: tuple[float, ...] | None = None
     advantage: float = 0.0
+    routed_experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.prompt_length < 1:
@@ -54,6 +58,11 @@ class Sample:
         completion = len(self.token_ids) - self.prompt_length
         if self.rollout_logprobs is not None and len(self.rollout_logprobs) != completion:
             raise ValueError(f"{len(self.rollout_logprobs)} rollout_logprobs for a completion of {completion} tokens")
+        if self.routed_experts is not None and len(self.routed_experts) != len(self.token_ids) - 1:
+            raise ValueError(
+                f"routed_experts of {len(self.routed_experts)} tokens for {len(self.token_ids)}: one row for each "
+                "token but the last, which is never fed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +80,8 @@ class MicroBatch:
         sequence_index: which sample each target belongs to, as an index into what was packed. [M], int64
         sequence_lengths: tokens under the loss in the sequence of each target. [M], int64
         sample_index: index of each packed sequence into what was packed. S entries
+        routed_experts: experts to replay for each input token; None when the samples have none.
+            [MoE layers, N, K], int64
     """
 
     input_ids: Tensor
@@ -84,6 +95,7 @@ class MicroBatch:
     sequence_index: Tensor
     sequence_lengths: Tensor
     sample_index: list[int]
+    routed_experts: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -114,58 +126,102 @@ def samples_from_groups(groups: Iterable[RolloutGroup], *, mask_truncated: bool)
             then do not count in the denominators of the loss either.
     """
     samples = []
-    for group in groups:
-        for rollout in group.rollouts:
-            completion = rollout.completion
-            if rollout.advantage is None:
-                continue
-            if mask_truncated and completion.finish_reason is FinishReason.LENGTH:
-                continue
-            samples.append(
-                Sample(
-                    token_ids=(*completion.prompt_token_ids, *completion.token_ids),
-                    prompt_length=len(completion.prompt_token_ids),
-                    rollout_logprobs=completion.rollout_logprobs,
-                    advantage=rollout.advantage,
-                )
+    for _, rollout in training_rollouts(groups, mask_truncated=mask_truncated):
+        completion = rollout.completion
+        assert rollout.advantage is not None
+        samples.append(
+            Sample(
+                token_ids=(*completion.prompt_token_ids, *completion.token_ids),
+                prompt_length=len(completion.prompt_token_ids),
+                rollout_logprobs=completion.rollout_logprobs,
+                advantage=rollout.advantage,
+                routed_experts=_routed_experts(completion),
             )
+        )
     return samples
 
 
-def pack(samples: Sequence[Sample], micro_batch_tokens: int) -> list[MicroBatch]:
-    """Cuts samples into micro-batches of similar lengths. Deterministic; every sample lands in exactly one.
+def training_rollouts(
+    groups: Iterable[RolloutGroup], *, mask_truncated: bool
+) -> Iterator[tuple[RolloutGroup, Rollout]]:
+    """The rollouts that become samples, in their order, each with its group; see :func:`samples_from_groups`."""
+    for group in groups:
+        for rollout in group.rollouts:
+            cut_off = rollout.completion.finish_reason is FinishReason.LENGTH
+            if rollout.advantage is not None and not (mask_truncated and cut_off):
+                yield group, rollout
 
-    Sequences are sorted by length, longest first (ties in the given order), and a micro-batch is filled until
-    sequences x longest would exceed ``micro_batch_tokens``. That bounds both the packed tokens and the padded
-    area of attention, and a batch that does not fit in memory fails at its first micro-batch, not at its last.
+
+def _routed_experts(completion: Completion) -> Tensor | None:
+    """[T_prompt + T - 1, MoE layers, K], uint8 or uint16"""
+    if completion.routed_experts is None:
+        return None
+    ids, shape, width = unpack_experts(completion.routed_experts)
+    flat = torch.frombuffer(bytearray(ids), dtype=torch.uint8 if width == 1 else torch.uint16)
+    return flat.view(shape)
+
+
+def pack(samples: Sequence[Sample], micro_batch_tokens: int, *, padded: bool = False) -> list[MicroBatch]:
+    """Cuts samples into few, full micro-batches. Deterministic; every sample lands in exactly one.
+
+    Best fit, longest first (Johnson, 1973): each sequence goes where it leaves the least room, or opens a micro-batch
+    when it fits nowhere; ties go to the earlier one. The longest sequences come in the first micro-batches, so a batch
+    that does not fit in memory fails early.
 
     Args:
-        samples: what to pack; either all or none carry rollout_logprobs.
+        samples: what to pack; either all or none carry rollout_logprobs, and the same of routed_experts.
         micro_batch_tokens: most tokens of a micro-batch, >= 1; a longer sequence gets one of its own.
+        padded: the model pads a micro-batch to its longest sequence. Then sequences x longest is what stays within the
+            limit, and similar lengths go together.
 
     Raises:
-        ValueError: ``micro_batch_tokens`` < 1, or only some samples carry rollout_logprobs.
+        ValueError: ``micro_batch_tokens`` < 1, or only some samples carry rollout_logprobs or routed_experts.
     """
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens must be >= 1, got {micro_batch_tokens}")
-    with_logprobs = sum(sample.rollout_logprobs is not None for sample in samples)
-    if with_logprobs not in (0, len(samples)):
-        raise ValueError(
-            f"{len(samples) - with_logprobs} of {len(samples)} samples have no rollout_logprobs: "
-            "give them to all samples or to none"
-        )
-    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
-    batches: list[MicroBatch] = []
-    rows: list[int] = []
-    for index in order:
-        longest = len(samples[rows[0]].token_ids) - 1 if rows else 0
-        if rows and (len(rows) + 1) * longest > micro_batch_tokens:
-            batches.append(_micro_batch(samples, rows))
-            rows = []
-        rows.append(index)
-    if rows:
-        batches.append(_micro_batch(samples, rows))
-    return batches
+    for name in ("rollout_logprobs", "routed_experts"):
+        having = sum(getattr(sample, name) is not None for sample in samples)
+        if having not in (0, len(samples)):
+            raise ValueError(
+                f"{len(samples) - having} of {len(samples)} samples have no {name}: give them to all samples or to none"
+            )
+    sizes = [len(sample.token_ids) - 1 for sample in samples]
+    return [_micro_batch(samples, rows) for rows in cut(sizes, micro_batch_tokens, padded=padded)]
+
+
+def cut(sizes: Sequence[int], limit: int, *, padded: bool = False) -> list[list[int]]:
+    """What :func:`pack` puts together: indices of ``sizes`` (input tokens of each sequence) by micro-batch."""
+    return _similar(sizes, limit) if padded else _best_fit(sizes, limit)
+
+
+def _best_fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of ``sizes`` by micro-batch, as few and as full as best fit finds them."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        place = bisect_left(room, (sizes[index], 0))
+        left, chosen = room.pop(place) if place < len(room) else (limit, len(bins))
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(index)
+        insort(room, (left - sizes[index], chosen))
+    return bins
+
+
+def _similar(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of ``sizes`` by micro-batch, similar ones together: rows x longest stays within the limit."""
+    bins: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if not bins or (len(bins[-1]) + 1) * sizes[bins[-1][0]] > limit:
+            bins.append([])
+        bins[-1].append(index)
+    return bins
+
+
+def pack_fill(micros: Sequence[MicroBatch], micro_batch_tokens: int) -> float:
+    """Share of the micro-batches' places that hold tokens, 0 .. 1; a sequence too long for one fills its own."""
+    tokens = [micro.tokens for micro in micros]
+    return sum(tokens) / sum(max(micro_batch_tokens, n) for n in tokens)
 
 
 def _micro_batch(samples: Sequence[Sample], rows: list[int]) -> MicroBatch:
@@ -179,6 +235,7 @@ def _micro_batch(samples: Sequence[Sample], rows: list[int]) -> MicroBatch:
     rollout_logprobs = None
     if chosen[0].rollout_logprobs is not None:
         rollout_logprobs = torch.tensor([p for s in chosen for p in s.rollout_logprobs or ()], dtype=torch.float64)
+    experts = [sample.routed_experts.long() for sample in chosen if sample.routed_experts is not None]
     return MicroBatch(
         input_ids=torch.tensor([[t for s in chosen for t in s.token_ids[:-1]]]),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
@@ -191,4 +248,5 @@ def _micro_batch(samples: Sequence[Sample], rows: list[int]) -> MicroBatch:
         sequence_index=torch.tensor(rows).repeat_interleave(completions),
         sequence_lengths=completions.repeat_interleave(completions),
         sample_index=list(rows),
+        routed_experts=torch.cat(experts).transpose(0, 1).contiguous() if experts else None,
     )

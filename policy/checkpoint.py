@@ -1,132 +1,222 @@
-"""Policies from presets and folders; checkpoints that are complete or not there at all.
+"""Checkpoints that are complete or not there at all, of one process or of many ranks.
 
 A checkpoint folder::
 
     step-000120/
         model/          a Hugging Face folder (config, safetensors, tokenizer), which vLLM serves as it is
-        learner.pt      the learner's state (moments, schedule, counters, random numbers)
+        state/          the learner's state: weights (fp32 masters), moments, schedule, counters, random numbers
         extra.json      what the caller wants back (cursor, step, ...)
         complete.json   name and size of every file above; written last
 
-It is written beside its place under a hidden name, flushed to the disk, and renamed: a kill or a full disk leaves the
-earlier checkpoints as they were, and at most a hidden leftover, which the next prune removes.
+It is written beside its place under a hidden name, flushed to the disk, and renamed when every rank has written its
+part: a kill or a full disk leaves the earlier checkpoints as they were, and at most a hidden leftover, which the next
+prune removes. Ranks on several machines need a file system that they share.
 """
 
 from __future__ import annotations
 
-import copy
-import errno
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from policy.config import ModelConfig
 from policy.errors import one_line
+from policy.model_folder import ModelWriter
+from policy.parallel import sharded
+from policy.state import (
+    DamagedState,
+    SavedTensors,
+    StateError,
+    flatten,
+    read_state,
+    stage,
+    stored_tensors,
+    total_bytes,
+    unflatten,
+    write_state,
+)
+from policy.whole_folder import PARTIAL, REPLACED, CheckpointError, Peers, whole_folder
+
+__all__ = ["CheckpointError", "Peers", "Snapshot", "checkpoints", "latest_checkpoint", "load_checkpoint", "prune",
+           "save_checkpoint", "save_model"]  # fmt: skip
 
 _STEP = re.compile(r"(?:\.replaced-)?step-(\d{6,})")
-_PARTIAL, _REPLACED = ".partial-", ".replaced-"
-_MANIFEST = "complete.json"
-# config, tokenizer and file-system blocks beside the tensors
-_OVERHEAD_BYTES = 1 << 20
+_STATE, _EXTRA, _MANIFEST = "state", "extra.json", "complete.json"
+_MODEL, _MOMENTS = "model.", "optimizer.moments."
 
 
-class CheckpointError(OSError):
-    """A checkpoint or model folder cannot be written or read; earlier ones are intact."""
+class Stateful(Protocol):
+    """What is saved: a ``Learner``."""
+
+    model: PreTrainedModel
+
+    def state_dict(self) -> dict[str, Any]:
+        """The complete state, as ``Learner.state_dict`` gives it; the tensors are the live ones."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a state."""
+        ...
+
+    def prepare_moments(self, names: set[str]) -> None:
+        """Makes room for the moments of these parameters, and of no others."""
+        ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
-    """A complete checkpoint.
-
-    Attributes:
-        folder: where it lies.
-        model_folder: its Hugging Face folder, for ``ModelConfig(path=...)``.
-        learner_state: for ``Learner.load_state_dict``; tensors on the CPU.
-        extra: what was saved with it.
-    """
-
-    folder: Path
-    model_folder: Path
-    learner_state: dict[str, Any]
-    extra: dict[str, Any]
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    source: ModelConfig | None = None,
+    peers: Peers | None = None,
+) -> None:
     """Writes a Hugging Face folder that vLLM and transformers load unchanged; an existing one is replaced as a whole.
+
+    Tensor by tensor: beside the model itself one tensor is in memory.
+
+    Args:
+        model, tokenizer: what is written; adapters are merged, and written beside in PEFT's form.
+        folder: where to.
+        source: what the model was loaded from (:class:`ModelWriter`).
+        peers: the ranks of a sharded model, which all call this; rank 0 writes.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; what was there before is intact.
     """
-    with _whole_folder(Path(folder), _tensor_bytes(model.state_dict())) as partial:
-        _write_model(model, tokenizer, partial)
+    writer, peers = ModelWriter(model, tokenizer, source), peers or Peers()
+    assert peers.group is not None or sharded(model) is None
+    with whole_folder(Path(folder), writer.bytes, peers) as partial:
+        adapters, tensors = writer.adapters(writer.live()), writer.tensors(writer.live())
+        failure: Exception | None = None
+        if peers.first:
+            try:
+                writer.write(partial, tensors, adapters)
+            except Exception as error:  # raised below: the others are in the middle of gathering
+                failure = error
+        for _ in tensors:  # each is gathered by all ranks in step, whether or not it is written
+            pass
+        peers.on_first(lambda: _raise(failure))
+
+
+class Snapshot:
+    """A learner's state at one moment, ready to be written while the learner goes on.
+
+    Args:
+        learner: of every rank its own.
+        tokenizer: goes to ``model/``.
+        extra: JSON-serialisable.
+        source: what the model was loaded from (:class:`ModelWriter`).
+        copy: take copies on the CPU; without, the learner must not take a step before :meth:`write` returns.
+    """
+
+    def __init__(
+        self,
+        learner: Stateful,
+        tokenizer: PreTrainedTokenizerBase,
+        extra: Mapping[str, Any],
+        *,
+        source: ModelConfig | None = None,
+        copy: bool = False,
+    ) -> None:
+        self._extra = json.dumps(dict(extra), indent=1, sort_keys=True)
+        self._model = ModelWriter(learner.model, tokenizer, source)
+        flat = flatten(learner.state_dict())
+        self._bytes = total_bytes(flat) + self._model.bytes
+        self._state = stage(flat) if copy else flat
+
+    def write(self, folder: Path, peers: Peers) -> None:
+        """Writes a complete checkpoint or none; all ranks call this.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are intact.
+            ValueError: the folder is not named ``step-NNNNNN``.
+        """
+        folder = Path(folder)
+        if not _STEP.fullmatch(folder.name) or folder.name.startswith("."):
+            raise ValueError(f"a checkpoint folder is named step-NNNNNN, got {folder.name!r}")
+        with torch.no_grad(), whole_folder(folder, self._bytes, peers) as partial:
+            write_state(self._state, partial / _STATE, peers.group)
+            peers.on_first(lambda: self._finish(partial, peers))
+
+    def _finish(self, partial: Path, peers: Peers) -> None:
+        """The rest, when all ranks have written their parts of the state."""
+        tensors: Mapping[str, Tensor] = SavedTensors(partial / _STATE, _MODEL)
+        if peers.group is None:  # they are all here
+            tensors = {k.removeprefix(_MODEL): t for k, t in self._state.items() if k.startswith(_MODEL)}
+        tensors = self._model.stored(tensors)
+        self._model.write(partial / "model", self._model.tensors(tensors), self._model.adapters(tensors))
+        (partial / _EXTRA).write_text(self._extra)
+        files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+        (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
 def save_checkpoint(
     folder: Path,
     *,
-    model: PreTrainedModel,
+    learner: Stateful,
     tokenizer: PreTrainedTokenizerBase,
-    learner_state: Mapping[str, Any],
     extra: Mapping[str, Any],
+    source: ModelConfig | None = None,
 ) -> None:
-    """Writes a complete checkpoint or none.
+    """Writes a complete checkpoint of one process now; see :class:`Snapshot` and ``policy.saver``.
 
     Args:
         folder: named ``step-NNNNNN``; an existing one of this name is replaced as a whole.
-        model, tokenizer: go to ``folder/model``.
-        learner_state: ``Learner.state_dict()``.
+        learner: whose state.
+        tokenizer: goes to ``folder/model``.
         extra: JSON-serialisable.
+        source: what the model was loaded from.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are intact.
         ValueError: the folder has another name.
     """
-    folder = Path(folder)
-    if not _STEP.fullmatch(folder.name) or folder.name.startswith("."):
-        raise ValueError(f"a checkpoint folder is named step-NNNNNN, got {folder.name!r}")
-    text = json.dumps(dict(extra), indent=1, sort_keys=True)
-    needed = _tensor_bytes(model.state_dict()) + _tensor_bytes(learner_state)
-    with _whole_folder(folder, needed) as partial:
-        _write_model(model, tokenizer, partial / "model")
-        # through a file object: torch's own writer hides the reason of a failure
-        with (partial / "learner.pt").open("wb") as file:
-            torch.save(dict(learner_state), file)
-        (partial / "extra.json").write_text(text)
-        files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    Snapshot(learner, tokenizer, extra, source=source).write(folder, Peers())
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Reads what :func:`save_checkpoint` wrote; the model itself is left to ``load_policy(path=...)``.
+def load_checkpoint(folder: Path, learner: Stateful) -> dict[str, Any]:
+    """Takes a learner to the moment of a checkpoint, whatever the layout that wrote it; returns ``extra``.
+
+    The learner has the model's architecture, as ``load_policy`` makes it from the recipe or from ``folder/model``; what
+    it knows besides is replaced. Each rank reads its parts by itself.
 
     Raises:
-        CheckpointError: the checkpoint is not there, incomplete or unreadable.
+        CheckpointError: the checkpoint is not there, incomplete, unreadable or of another model.
     """
     folder = Path(folder)
     problem = _incomplete(folder)
     if problem:
         raise CheckpointError(f"{folder} is not a complete checkpoint ({problem}): resume from an earlier one")
+    if not (folder / _STATE).is_dir():
+        raise CheckpointError(
+            f"{folder} was written by an earlier version (learner.pt), which this one does not read: begin anew from "
+            f"{folder / 'model'}"
+        )
     try:
-        state = torch.load(folder / "learner.pt", map_location="cpu", weights_only=True)
-        extra = json.loads((folder / "extra.json").read_text())
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({one_line(error)}): resume from an earlier one") from error
-    return Checkpoint(folder=folder, model_folder=folder / "model", learner_state=state, extra=extra)
+        extra = json.loads((folder / _EXTRA).read_text())
+        stored = stored_tensors(folder / _STATE)
+        learner.prepare_moments(_with_moments(stored, learner.state_dict()["model"]))
+        tree = learner.state_dict()
+        flat = flatten(tree)
+        read_state(flat, folder / _STATE)
+        learner.load_state_dict(unflatten(tree, flat))
+    except (OSError, ValueError) as error:
+        damaged = (
+            ""
+            if isinstance(error, StateError) and not isinstance(error, DamagedState)
+            else ": resume from an earlier one"
+        )
+        raise CheckpointError(f"{folder} cannot be read ({one_line(error)}){damaged}") from error
+    return extra
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
@@ -134,8 +224,17 @@ def latest_checkpoint(parent: Path) -> Path | None:
     return max(_complete(Path(parent)), key=_age, default=None)
 
 
-def prune(parent: Path, keep: int) -> list[Path]:
+def checkpoints(parent: Path) -> dict[int, Path]:
+    """The complete checkpoints under ``parent`` by their step, oldest first."""
+    return {_age(path)[0]: path for path in sorted(_complete(Path(parent)), key=_age)}
+
+
+def prune(parent: Path, keep: int, also: Collection[str] = (), writing: str | None = None) -> list[Path]:
     """Removes all but the ``keep`` newest complete checkpoints, and everything torn. Returns what was removed.
+
+    Args:
+        also: names of checkpoints that are kept whatever their age.
+        writing: name of one that may still be written in the background, which is left alone.
 
     Raises:
         ValueError: ``keep`` < 1.
@@ -145,105 +244,34 @@ def prune(parent: Path, keep: int) -> list[Path]:
         raise ValueError(f"keep must be >= 1, got {keep}")
     parent = Path(parent)
     kept = sorted(_complete(parent), key=_age)[-keep:]
+    kept += [p for p in _complete(parent) if p.name in also]
+    if writing is not None:  # it may become complete at any moment
+        kept += [parent / f"{mark}{writing}" for mark in ("", PARTIAL, REPLACED)]
     doomed = [p for p in _entries(parent) if p not in kept and (_STEP.fullmatch(p.name) or _is_leftover(p))]
     for path in doomed:
         _remove(path)
     return doomed
 
 
-def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _generation_config(model, tokenizer).save_pretrained(folder)
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
-def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's, with the tokenizer's end-of-sequence among those that end a completion (vLLM reads it here)."""
-    config = copy.deepcopy(model.generation_config) or GenerationConfig()
-    ends = config.eos_token_id
-    known = [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in known:
-        known.append(tokenizer.eos_token_id)
-    config.eos_token_id = known[0] if len(known) == 1 else known or None
-    for name in ("bos_token_id", "pad_token_id"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(tokenizer, name))
-    return config
-
-
-@contextmanager
-def _whole_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """Yields a folder to write into; it takes the place of ``folder`` when everything is on the disk.
-
-    Raises:
-        CheckpointError: it cannot be written; nothing is left behind and ``folder`` is as it was.
-    """
-    needed += _OVERHEAD_BYTES
-    partial = folder.with_name(_PARTIAL + folder.name)
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        if shutil.disk_usage(partial.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        partial.mkdir()
-        yield partial
-        _flush(partial)
-        _take_place(partial, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if _disk_full(error):
-            raise CheckpointError(_disk_full_line(folder, needed)) from error
-        if isinstance(error, RuntimeError):
-            raise
-        raise CheckpointError(f"cannot write {folder}: {one_line(error)}") from error
-
-
-def _disk_full_line(folder: Path, needed: int) -> str:
-    free = shutil.disk_usage(folder.parent).free
-    return (
-        f"disk full: {folder} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; earlier "
-        "checkpoints are intact: free space, or keep fewer checkpoints, and run again"
-    )
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether the disk (or quota) is the reason; writers in C++ and Rust wrap or rename the system's error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if re.search(r"os error (28|122)\b", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _flush(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _take_place(partial: Path, folder: Path) -> None:
-    """Renames; a folder that is there already stays readable under a hidden name until the new one is in place."""
-    replaced = folder.with_name(_REPLACED + folder.name)
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(folder, replaced)
-    os.rename(partial, folder)
-    _fsync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _with_moments(keys: Iterable[str], names: Collection[str]) -> set[str]:
+    """The parameters among ``names`` of which moments are stored."""
+    found = set()
+    for key in keys:
+        name = key.removeprefix(_MOMENTS) if key.startswith(_MOMENTS) else ""
+        while name and name not in names:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {""}
 
 
 def _remove(path: Path) -> None:
     """Out of sight first, so that a kill in the middle does not leave a torn checkpoint under a good name."""
-    hidden = path if path.name.startswith(_PARTIAL) else path.with_name(_PARTIAL + path.name.lstrip("."))
+    hidden = path if path.name.startswith(PARTIAL) else path.with_name(PARTIAL + path.name.lstrip("."))
     try:
         if hidden != path:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -268,7 +296,7 @@ def _age(folder: Path) -> tuple[int, bool]:
 
 
 def _is_leftover(path: Path) -> bool:
-    return path.name.startswith((_PARTIAL + "step-", _REPLACED + "step-", _PARTIAL + "replaced-step-"))
+    return path.name.startswith((PARTIAL + "step-", REPLACED + "step-", PARTIAL + "replaced-step-"))
 
 
 def _incomplete(folder: Path) -> str:
@@ -284,14 +312,3 @@ def _incomplete(folder: Path) -> str:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
     return ""
-
-
-def _tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(_tensor_bytes(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return sum(_tensor_bytes(v) for v in value)
-    return 0

@@ -15,11 +15,17 @@ def _require(ok: bool, message: str) -> None:
 class LoraConfig:
     """Low-rank adapters (PEFT's LoRA): only they are trained, the model stays as it was loaded.
 
+    Engines and model folders get the weights with the adapters merged; ``adapter/`` inside a model folder holds the
+    adapters alone, as PEFT stores them. The reference policy of the KL term is the same model with its adapters off.
+    Every stage begins with fresh adapters on what the stage before left, merged: so its reference is its own first
+    model, as without adapters. A resumed stage goes on with its own. There is no dropout: the sampler has none.
+
     Attributes:
         rank: of the two factors, >= 1.
         alpha: the adapters' product is scaled by alpha / rank, > 0.
         targets: names of the linear layers that get adapters (``q_proj``, …); empty takes all of them but the head.
-        experts: routed experts get adapters too.
+        experts: routed experts get adapters too, one pair an expert; their merged weights are made anew in each forward
+            pass, which takes memory. Not with ``parallel.expert_parallel``.
     """
 
     rank: int = 16
@@ -43,7 +49,7 @@ class ModelConfig:
         tokenizer: folder or hub id when it is not the model's own; a preset builds its own.
         dtype: ``float32`` | ``bfloat16``; of the learner and of the engines.
         mtp: what becomes of multi-token-prediction layers, which are not trained here: ``drop`` leaves them out of
-            every folder that is written, ``keep`` copies them unchanged.
+            every folder that is written (the run's events say how many), ``keep`` copies them unchanged.
         lora: train adapters only; null trains all weights.
     """
 
@@ -171,9 +177,10 @@ class RouterConfig:
     Attributes:
         bias: the correction bias that balances the choice: ``frozen``, or ``update`` (moved by ``bias_rate`` towards
             the less loaded experts after every optimizer step, DeepSeek-V3's auxiliary-loss-free balancing).
-        bias_rate: step of that update, > 0.
-        balance_coef: weight of DeepSeek-V3's sequence-wise balance loss, >= 0; 0 leaves it out.
-        replay: train under the experts that the sampler chose instead of the learner's own choice.
+        bias_rate: step of that update, in scores between 0 and 1, > 0 (DeepSeek-V3: 0.001).
+        balance_coef: weight of DeepSeek-V3's sequence-wise balance loss, >= 0; 0 leaves it out (DeepSeek-V3: 0.0001).
+        replay: train under the experts that the sampler chose instead of the learner's own choice (a grpo stage only);
+            engines then return them and rollouts carry them. The reference policy keeps its own choice.
     """
 
     bias: str = "frozen"

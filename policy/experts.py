@@ -7,12 +7,17 @@ M = N * K assignments sorted by expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
+
+from policy.expert_parallel import ExpertExchange
+from policy.grouped import Groups, grouped_mlp, runs_grouped
+from policy.layers import gated_gradient, row_blocks
 
 # MKL takes other paths for products of few rows: fewer than 4 with one thread, up to 27 with sixteen. Products of fewer
 # rows than this are padded, so that what one sequence chooses cannot change another one's bits.
@@ -26,14 +31,12 @@ class Dispatch:
     Attributes:
         token: the token of each assignment. [M]
         place: where assignment k of token n lies in that order. [N * K]
-        bounds: the assignments of expert e are bounds[e] .. bounds[e + 1] - 1. [E + 1]
         load: tokens by expert. [E]
         top_k: experts of each token (K).
     """
 
     token: Tensor
     place: Tensor
-    bounds: tuple[int, ...]
     load: Tensor
     top_k: int
 
@@ -43,8 +46,14 @@ class Dispatch:
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        load = torch.bincount(flat, minlength=count)
-        return cls(order // experts.shape[1], place, (0, *load.cumsum(0).tolist()), load, experts.shape[1])
+        # bincount would wait for a GPU.
+        load = flat.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))
+        return cls(order // experts.shape[1], place, load, experts.shape[1])
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """The assignments of expert e are bounds[e] .. bounds[e + 1] - 1. Waits for the device. [E + 1]"""
+        return 0, *self.load.cumsum(0).tolist()
 
     def slices(self) -> list[tuple[int, slice]]:
         """Experts that have tokens, each with its slice of the assignments."""
@@ -52,7 +61,13 @@ class Dispatch:
 
     def combine(self, rows: Tensor) -> Tensor:
         """Sum over each token's K rows, always in the order of k. [M, H] -> [N, H]"""
-        return rows.index_select(0, self.place).view(-1, self.top_k, rows.shape[1]).sum(dim=1)
+        places = self.place.view(-1, self.top_k)
+        out = rows.new_empty(len(places), rows.shape[1])
+        for block in row_blocks(len(places)):
+            torch.index_select(rows, 0, places[block, 0].contiguous(), out=out[block])
+            for k in range(1, self.top_k):
+                out[block] += rows.index_select(0, places[block, k])
+        return out
 
 
 def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
@@ -94,23 +109,31 @@ class _RoutedMlp(torch.autograd.Function):
         grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
         grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
         for e, part in dispatch.slices():
-            gate, up = projected[part].chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
-            activated = silu * up
-            grad_inner = _product(grad_out[part], down[e], torch.empty_like(gate))
+            pulled = _product(grad_out[part], down[e], grad_out.new_empty(part.stop - part.start, down.shape[2]))
+            activated, both = gated_gradient(projected[part], pulled * weight[part, None])
+            torch.sum(pulled.mul_(activated), dim=-1, out=grad_weight[part])
             if ctx.needs_input_grad[3]:  # not when only adapters train
-                torch.mm(grad_out[part].T, activated * weight[part, None], out=grad_down[e])
-            torch.sum(grad_inner * activated, dim=-1, out=grad_weight[part])
-            grad_inner.mul_(weight[part, None])
-            # d silu = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu * (1 - sigmoid)
-            slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-            both = torch.cat((grad_inner * up * slope, grad_inner * silu), dim=-1)
+                torch.mm(grad_out[part].T, activated.mul_(weight[part, None]), out=grad_down[e])
             _product(both, gate_up[e], grad_rows[part])
             if ctx.needs_input_grad[2]:
                 torch.mm(both.T, rows[part], out=grad_gate_up[e])
         grad_gates = grad_weight[dispatch.place].view(ctx.gate_shape)
         return dispatch.combine(grad_rows), grad_gates, grad_gate_up, grad_down, None
+
+
+def routed_product(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """:meth:`Experts.forward` with the weights given: gate_up [E, 2I, H], down [E, H, I]."""
+    dispatch = Dispatch.of(experts, len(down))
+    # Under autocast the products would change dtype in the middle of the function, which writes into buffers.
+    with torch.autocast(x.device.type, enabled=False):
+        rows, gates = x.to(down.dtype), gates.to(down.dtype)
+        if runs_grouped(rows, gate_up, down):
+            groups = Groups.of(dispatch.place, dispatch.load, dispatch.top_k)
+            out = grouped_mlp(rows, gates, (gate_up, down), groups)
+        else:
+            out = _RoutedMlp.apply(rows, gates, gate_up, down, dispatch)
+            assert isinstance(out, Tensor)
+    return out.to(x.dtype), dispatch.load
 
 
 class Experts(nn.Module):
@@ -121,12 +144,10 @@ class Experts(nn.Module):
         self.count = config.n_routed_experts
         self.gate_up_proj = nn.Parameter(torch.empty(self.count, 2 * config.moe_intermediate_size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(self.count, config.hidden_size, config.moe_intermediate_size))
+        self.exchange: ExpertExchange | None = None  # when other ranks hold some of the experts
 
     def forward(self, x: Tensor, gates: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over k of gates[:, k] * expert_k(x). x [N, H], gates, experts [N, K] -> [N, H], tokens by expert [E]"""
-        dispatch = Dispatch.of(experts, self.count)
-        dtype = self.down_proj.dtype
-        # Under autocast the products would change dtype in the middle of the function, which writes into buffers.
-        with torch.autocast(x.device.type, enabled=False):
-            out = _RoutedMlp.apply(x.to(dtype), gates.to(dtype), self.gate_up_proj, self.down_proj, dispatch)
-        return out.to(x.dtype), dispatch.load
+        if self.exchange is not None:
+            return self.exchange(x, gates, experts, (self.gate_up_proj, self.down_proj), routed_product)
+        return routed_product(x, gates, experts, self.gate_up_proj, self.down_proj)

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from policy.config import ModelConfig
 from policy.errors import one_line
+from policy.lora import add_adapters, check_targets
 from policy.model import PolicyModel
+from policy.mtp import copy_mtp, mtp_report
 from policy.presets import check_servable, preset_config
+from policy.shards import Shards
+from policy.streaming import build, check_weights, stream_model, streams
 from policy.tokenizer import build_tokenizer
+
+_WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def load_policy(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy and its tokenizer, on the CPU, in the config's dtype.
 
     A preset gets random weights that depend on ``seed`` alone (the global random state is left as it is). A path is
-    a folder or a hub id; DeepSeek-V3 configs become a ``PolicyModel``, anything else transformers' causal LM.
+    a folder or a hub id; DeepSeek-V3 configs become a ``PolicyModel``, anything else transformers' causal LM. Weights
+    are read tensor by tensor, so that they are never in memory twice, and FP8 blocks are dequantised. No code that
+    comes with a model is ever run. With ``lora``, adapters are put in; their first values depend on ``seed`` alone.
 
     Raises:
-        ValueError: the preset, folder or hub id is not there or incomplete, or does not fit its tokenizer.
+        ValueError: the preset, folder or hub id is not there or incomplete, holds tensors that nothing is known of, or
+            does not fit its tokenizer; adapters for layers that are not there.
     """
     dtype = getattr(torch, config.dtype)
     if config.preset is not None:
+        check_mtp(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: PreTrainedModel = PolicyModel(preset_config(config.preset, **config.overrides))
@@ -41,38 +60,80 @@ def load_policy(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.get_text_config().vocab_size}: "
             "set model.tokenizer to the one that the model was trained with"
         )
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed, config.path)
     return model, tokenizer
 
 
-def check_model(config: ModelConfig) -> None:
+def check_model(config: ModelConfig) -> dict[str, Any] | None:
     """Finds out early and without loading weights whether :func:`load_policy` would find the model.
 
+    Returns:
+        What becomes of its multi-token-prediction weights (:func:`check_mtp`).
+
     Raises:
-        ValueError: no such preset, shapes that cannot be, a folder or hub id whose config or tokenizer cannot be read
-            or whose weight files are cut off, or a model that vLLM cannot serve.
+        ValueError: no such preset, shapes that cannot be, a folder or hub id whose config or tokenizer cannot be read,
+            whose weight files are cut off or whose tensors do not fit its config, adapters for layers that are not
+            there, or a model that vLLM cannot serve.
     """
     if config.preset is not None:
         shapes = preset_config(config.preset, **config.overrides)
         check_servable(shapes)
         try:
             with torch.device("meta"):
-                PolicyModel(shapes)
+                model = PolicyModel(shapes)
         except Exception as error:  # torch's many ways to say that there is no such layer
             raise ValueError(f"model.overrides: no model has these shapes: {one_line(error)}") from error
         if config.tokenizer is not None:
             _load_tokenizer(config.tokenizer, "tokenizer")
-        return
+        if config.lora is not None:
+            check_targets(model, config.lora)
+        return check_mtp(config)
     source = _model_source(config)
-    check_servable(_read_config(source))
-    _check_files(Path(source))
+    found = _read_config(source)
+    check_servable(found)
+    _check_files(Path(source), found)
     assert config.path is not None
     _load_tokenizer(config.tokenizer or config.path, "tokenizer" if config.tokenizer else "path")
+    report = check_mtp(config) if Path(source).is_dir() else None  # of a hub id only when it is loaded
+    if config.lora is not None:
+        with torch.device("meta"):
+            check_targets(build(found, torch.float32), config.lora)
+    return report
 
 
-def _check_files(folder: Path) -> None:
-    """Raises ValueError when a folder has no weights or a file of them is shorter than its header says."""
+def check_mtp(config: ModelConfig) -> dict[str, Any] | None:
+    """What becomes of the model's multi-token-prediction weights, for the run's events; None when it has none.
+
+    Raises:
+        ValueError: they are to be kept and there are none.
+    """
+    if config.path is None:
+        if config.mtp == "keep":
+            raise ValueError("model.mtp is keep, but a preset has no multi-token-prediction weights: set it to drop")
+        return None
+    folder = _folder(_model_source(config))
+    if not list(folder.glob("*.safetensors")):
+        return None
+    with _shards(folder) as shards:
+        return mtp_report(shards, _read_config(str(folder)), config.mtp)
+
+
+def keep_mtp(config: ModelConfig, folder: Path) -> None:
+    """Copies the model's multi-token-prediction weights into a model folder, if the config says so (``copy_mtp``)."""
+    if config.mtp == "keep":
+        copy_mtp(_folder(_model_source(config)), folder)
+
+
+def _check_files(folder: Path, config: Any) -> None:
+    """Raises ValueError when a folder's weights are missing, cut off, or not those of its config."""
     if not folder.is_dir():
         return  # a hub id
+    if streams(config):
+        with _shards(folder) as shards:
+            check_weights(shards, _read_config(str(folder)))
+        return
+    _refuse_quantised(str(folder), config)
     files = sorted(folder.glob("*.safetensors"))
     if not files and not list(folder.glob("*.bin")):
         raise ValueError(f"model.path: {folder} has no weights (*.safetensors); is the folder whole?")
@@ -111,35 +172,98 @@ def _model_source(config: ModelConfig) -> str:
     return _source(config.path, "path")
 
 
+def _folder(source: str) -> Path:
+    """The folder of a model; weights and config of a hub id are fetched."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_WEIGHT_FILES)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path: cannot load {source} ({one_line(error)}); is the name right, and can the hub be reached?"
+        ) from error
+
+
+def _shards(folder: Path) -> Shards:
+    try:
+        return Shards(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: cannot load {folder} ({one_line(error)}); is the folder whole?") from error
+
+
 def _read_config(source: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         mend = "is the folder whole?" if Path(source).is_dir() else "is the name right, and can the hub be reached?"
         raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); {mend}") from error
 
 
 def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
-    loader = PolicyModel if _read_config(source).model_type == "deepseek_v3" else AutoModelForCausalLM
+    config = _read_config(source)
+    if not streams(config):
+        _refuse_quantised(source, config)
+        return _load_by_transformers(source, dtype)
+    folder = _folder(source)
+    with _shards(folder) as shards:
+        try:
+            model = stream_model(shards, config, dtype)
+        except OSError as error:
+            raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); is the folder whole?") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _refuse_quantised(source: str, config: Any) -> None:
+    """transformers would compute with the quantised weights, which nobody can train, or change them in its own way."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"model.path: {source}: quantised weights of {config.model_type} cannot be read: take the checkpoint in "
+            "bfloat16"
+        )
+
+
+def _load_by_transformers(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """For architectures whose tensors transformers renames or converts while it loads them."""
     try:
-        loaded: Any = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); is the folder whole?") from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model.path: {source} lacks {len(missing)} weights, e.g. {missing[0]}, which would be random: the "
-            "folder is incomplete or belongs to another architecture"
-        )
+    for kind, verb, what in (("missing", "lacks", "random"), ("unexpected", "has, beyond its config,", "lost")):
+        if names := sorted(report[f"{kind}_keys"]):
+            raise ValueError(
+                f"model.path: {source} {verb} {len(names)} weights, e.g. {names[0]}, which would be {what}: the folder "
+                "is incomplete or belongs to another architecture"
+            )
     return model
 
 
 def _load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
     source = _source(name, field)
+    code = ValueError(
+        f"model.{field}: the tokenizer of {source} is code of its own, which is never run here: set model.tokenizer to "
+        "a folder with the same vocabulary as tokenizer.json"
+    )
     try:
-        return AutoTokenizer.from_pretrained(source)
+        if _is_code(Path(source)):
+            raise code
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if error is code or "trust_remote_code" in str(error):  # what transformers says of a hub id
+            raise code from error
         raise ValueError(
             f"model.{field}: cannot load a tokenizer from {source} ({one_line(error)}); set model.tokenizer"
         ) from error
+
+
+def _is_code(folder: Path) -> bool:
+    """Whether a folder's tokenizer is a class in a file of its own; transformers would try others in its place."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return False
+    given = json.loads(path.read_text())
+    return "AutoTokenizer" in (given.get("auto_map") or {})

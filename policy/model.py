@@ -11,7 +11,7 @@ E = n_routed_experts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,10 +25,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from policy.attention import LatentAttention
+from policy.balance import SequenceIndex
 from policy.experts import Experts
 from policy.inputs import check_routed_experts, plan_stream, refuse_unsupported, trainable_labels
 from policy.layers import GatedMlp, RMSNorm
-from policy.moe import MoE, Router
+from policy.lora import merged_state
+from policy.moe import MoE, Router, RouterReport
+from policy.parallel import WholeTensors, sharded
 from policy.presets import check_supported, with_vllm_fields
 from policy.rope import RotaryTable
 from policy.segments import Segments, scatter_rows
@@ -42,11 +45,13 @@ class HiddenOutput:
         hidden: final normalised hidden states, in the caller's token order. [N, H]
         routed_experts: chosen experts of each MoE layer, int64. list of [N, K]
         router_load: tokens sent to each expert of each MoE layer, int64. [MoE layers, E]
+        router_reports: what each MoE layer's router counted.
     """
 
     hidden: Tensor
     routed_experts: list[Tensor]
     router_load: Tensor
+    router_reports: list[RouterReport]
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -62,15 +67,23 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, turns: Tensor, segments: Segments, given: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [N, H] -> output [N, H], chosen experts [N, K] and tokens by expert [E] (None in a dense layer)"""
-        x = x + self.self_attn(self.input_layernorm(x), turns, segments)
+        self,
+        x: Tensor,
+        turns: Tensor,
+        segments: Segments,
+        given: Tensor | None = None,
+        sequences: SequenceIndex | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """x [N, H] -> output [N, H]; in a MoE also chosen experts [N, K], tokens by expert [E], the router's report.
+
+        One flat tuple: reentrant checkpointing finds gradients at no other place, and would lose the balance loss.
+        """
+        x = x + self.self_attn(x, self.input_layernorm, turns, segments)
         inner = self.post_attention_layernorm(x)
         if not self.is_moe:
-            return x + self.mlp(inner), None, None
-        out, experts, load = self.mlp(inner, given)
-        return x + out, experts, load
+            return (x + self.mlp(inner),)
+        out, experts, load, report = self.mlp(inner, given, sequences)
+        return x + out, experts, load, *report
 
 
 class Backbone(nn.Module):
@@ -85,24 +98,35 @@ class Backbone(nn.Module):
         self.rotary = RotaryTable(config)
 
     def stream(
-        self, tokens: Tensor, positions: Tensor, lengths: Sequence[int], given: Sequence[Tensor] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        lengths: Sequence[int],
+        given: Sequence[Tensor] | None = None,
+        *,
+        balance: bool = False,
     ) -> HiddenOutput:
         """The layers on a flat stream of sequences of these lengths. tokens, positions [N] -> the same order"""
         segments = Segments.plan(lengths, self.config.num_attention_heads, tokens.device)
         tokens, positions = segments.to_model_order(tokens), segments.to_model_order(positions)
         x = self.embed_tokens(tokens)
         turns = self.rotary(positions)
-        routed, loads = [], []
+        sequences = None
+        if balance:
+            sequences = SequenceIndex.of(lengths, tokens.device)
+            sequences = SequenceIndex(segments.to_model_order(sequences.of_token), sequences.lengths)
+        routed, loads, reports = [], [], []
         for layer in self.layers:
             choice = None
             if given is not None and layer.is_moe:
                 choice = segments.to_model_order(given[len(routed)])
-            x, experts, load = layer(x, turns, segments, choice)
-            if experts is not None:
-                routed.append(segments.to_caller_order(experts))
-                loads.append(load)
+            x, *chosen = layer(x, turns, segments, choice, sequences)
+            if chosen:
+                routed.append(segments.to_caller_order(chosen[0]))
+                loads.append(chosen[1])
+                reports.append(RouterReport(*chosen[2:]))
         load = torch.stack(loads) if loads else tokens.new_zeros(0, self.config.n_routed_experts)
-        return HiddenOutput(segments.to_caller_order(self.norm(x)), routed, load)
+        return HiddenOutput(segments.to_caller_order(self.norm(x)), routed, load, reports)
 
     def forward(
         self,
@@ -183,6 +207,7 @@ class PolicyModel(PreTrainedModel, GenerationMixin):
         segment_lengths: Sequence[int],
         position_ids: Tensor | None = None,
         routed_experts: Sequence[Tensor] | None = None,
+        balance: bool = False,
     ) -> HiddenOutput:
         """The backbone on packed tokens; the head is left to the caller, who may not want all N x V logits at once.
 
@@ -191,13 +216,14 @@ class PolicyModel(PreTrainedModel, GenerationMixin):
             segment_lengths: tokens of each sequence, summing to N.
             position_ids: [1, N]; from 0 in each sequence when not given.
             routed_experts: the choice of experts to take instead of the router's, per MoE layer. [N, K]
+            balance: have the routers report the balance loss of the sequences (``policy.balance``).
 
         Raises:
             ValueError: lengths, shapes or experts that do not fit together.
         """
         plan = plan_stream(input_ids, None, position_ids, segment_lengths)
         experts = check_routed_experts(routed_experts, self.config, input_ids.numel())
-        return self.model.stream(input_ids.flatten(), plan.positions, plan.lengths, experts)
+        return self.model.stream(input_ids.flatten(), plan.positions, plan.lengths, experts, balance=balance)
 
     def forward(
         self,
@@ -263,27 +289,42 @@ class PolicyModel(PreTrainedModel, GenerationMixin):
             self.config.save_pretrained(save_directory)
 
 
-def checkpoint_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(
+    model: PreTrainedModel, state: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under their checkpoint names, one tensor per expert, tied ones once.
 
     For saving and for weight transfer. The tensors of a :class:`PolicyModel` are views of the live weights, not copies.
-    Works for every transformers causal LM.
+    Works for every transformers causal LM. Adapters are merged, matrix by matrix, into copies.
+
+    Args:
+        model: whose weights these are.
+        state: weights to take instead of the live ones, under the names of ``model.state_dict()``; a mapping may load
+            each when it is asked for.
     """
-    state = dict(model.state_dict())
-    if model.config.get_text_config().tie_word_embeddings:
-        for name in getattr(model, "all_tied_weights_keys", {}):
-            state.pop(name, None)
+    if state is None:
+        state = model.state_dict() if sharded(model) is None else WholeTensors(model)
+    state = merged_state(model, state)
+    tied = model.config.get_text_config().tie_word_embeddings
+    left_out = getattr(model, "all_tied_weights_keys", {}) if tied else {}
+    names = [name for name in state if name not in left_out]
     if not isinstance(model, PolicyModel):
-        yield from revert_weight_conversion(model, state).items()
+        for name in names:
+            yield from revert_weight_conversion(model, {name: state[name]}).items()
         return
-    for name, tensor in state.items():
-        prefix, _, kind = name.rpartition(".")
-        if not prefix.endswith(".experts"):
-            yield name, tensor
-        elif kind == "gate_up_proj":
-            for e, (gate, up) in enumerate(t.chunk(2) for t in tensor):
-                yield f"{prefix}.{e}.gate_proj.weight", gate
-                yield f"{prefix}.{e}.up_proj.weight", up
-        else:
-            for e, down in enumerate(tensor):
-                yield f"{prefix}.{e}.down_proj.weight", down
+    for name in names:
+        yield from stored_form(name, state[name])
+
+
+def stored_form(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under its names in a folder: of stacked experts one tensor an expert, as views of the stack."""
+    prefix, _, kind = name.rpartition(".")
+    if not prefix.endswith(".experts") or tensor.ndim != 3:
+        yield name, tensor
+    elif kind == "gate_up_proj":
+        for e, (gate, up) in enumerate(t.chunk(2) for t in tensor):
+            yield f"{prefix}.{e}.gate_proj.weight", gate
+            yield f"{prefix}.{e}.up_proj.weight", up
+    else:
+        for e, part in enumerate(tensor):
+            yield f"{prefix}.{e}.{kind}.weight", part

@@ -5,13 +5,31 @@ Shapes: N tokens, H = hidden_size, E = n_routed_experts, K = num_experts_per_tok
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
 
+from policy.balance import SequenceIndex, sequence_balance
 from policy.experts import Experts
 from policy.layers import GatedMlp, at_least_fp32
+
+
+class RouterReport(NamedTuple):
+    """What is counted while a router decides. A tuple, so that checkpointing and sharding see the tensors in it.
+
+    Attributes:
+        score_entropy: entropy of each token's scores over their sum, summed over the tokens, nats. 0-d, float64
+        agreed: how many of the given experts are this router's own choice too; None when none were given. 0-d, int64
+        balance: sum over the sequences of their balance loss (``policy.balance``), with gradient; None when it was not
+            asked for. 0-d
+    """
+
+    score_entropy: Tensor
+    agreed: Tensor | None
+    balance: Tensor | None
 
 
 class Router(nn.Module):
@@ -30,19 +48,27 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Gates [N, K] (fp32) and experts [N, K] (int64) of x [N, H].
+    def forward(
+        self, x: Tensor, given: Tensor | None = None, sequences: SequenceIndex | None = None
+    ) -> tuple[Tensor, Tensor, RouterReport]:
+        """Gates [N, K] (fp32) and experts [N, K] (int64) of x [N, H], and what is counted on the way.
 
-        ``given`` [N, K] replaces the choice; the gates are then this router's scores of the given experts.
+        Args:
+            x: the tokens.
+            given: replaces the choice; the gates are then this router's scores of the given experts. [N, K]
+            sequences: where the tokens come from; asks for the balance loss.
         """
         wide = at_least_fp32(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
-        experts = self._choose(scores.detach()) if given is None else given
+            balance = None if sequences is None else sequence_balance(scores, sequences, self.top_k)
+        chosen = self._choose(scores.detach())
+        experts = chosen if given is None else given
+        agreed = None if given is None else (chosen[:, :, None] == given[:, None, :]).sum()
         gates = scores.gather(1, experts)
         if self.normalise:
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
-        return gates * self.scaling, experts
+        return gates * self.scaling, experts, RouterReport(_entropy(scores.detach()), agreed, balance)
 
     @torch.no_grad()
     def margin(self, x: Tensor) -> Tensor:
@@ -77,6 +103,13 @@ class Router(nn.Module):
         return grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
 
 
+@torch.no_grad()
+def _entropy(scores: Tensor) -> Tensor:
+    """[N, E] -> 0-d, float64"""
+    shares = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return torch.special.entr(shares).sum(dtype=torch.float64)
+
+
 def _gap(values: Tensor, count: int) -> Tensor:
     """Between the last of the ``count`` largest and the next. [N, M] -> [N]"""
     best = values.topk(count + 1, dim=-1).values
@@ -92,8 +125,10 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.shared_experts = GatedMlp(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, H] -> output [N, H], chosen experts [N, K], tokens by expert [E]"""
-        gates, experts = self.gate(x, given)
+    def forward(
+        self, x: Tensor, given: Tensor | None = None, sequences: SequenceIndex | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, RouterReport]:
+        """x [N, H] -> output [N, H], chosen experts [N, K], tokens by expert [E], and the router's report"""
+        gates, experts, report = self.gate(x, given, sequences)
         routed, load = self.experts(x, gates, experts)
-        return routed + self.shared_experts(x), experts, load
+        return routed + self.shared_experts(x), experts, load, report

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from policy.config import OptimizerConfig
+from policy.errors import NonFiniteError
+from policy.guards import all_finite, named, not_finite
+from policy.optimizer_kinds import DeviceSums, build_adamw, master_of, update
+from policy.parallel import Ranks, by_mesh, local_part, whole
 
 # The router's correction bias is moved by load balancing in pre-training and stays as it is in RL. It is a buffer in
 # DeepSeek-V3's published code; models that make it a parameter get it frozen.
 _ALWAYS_FROZEN = "e_score_correction_bias"
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite. The weights are those of before the optimizer step that it names."""
+# Above this the square of a gradient is infinite in the fp32 second moment, and its weight would never move again.
+_LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -49,6 +54,7 @@ class PolicyOptimizer:
         model: its parameters that require gradients are trained; the router's correction bias never is.
         config: AdamW's numbers and the schedule.
         total_steps: optimizer steps that the schedule spans.
+        ranks: over which the model is sharded; they all call every method alike.
 
     Attributes:
         steps: optimizer steps taken.
@@ -58,10 +64,10 @@ class PolicyOptimizer:
         ValueError: nothing is trainable, or ``total_steps`` < 1.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, total_steps: int, ranks: Ranks | None = None) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps must be >= 1, got {total_steps}")
-        self._config, self._total_steps = config, total_steps
+        self._config, self._total_steps, self._ranks = config, total_steps, ranks or Ranks.alone()
         self.steps = self.position = 0
         for name, parameter in model.named_parameters():
             if name.endswith(_ALWAYS_FROZEN):
@@ -70,28 +76,24 @@ class PolicyOptimizer:
         if not self._live:
             raise ValueError("no parameter of the model requires a gradient: nothing to train")
         self._masters = {
-            name: p.detach().float().requires_grad_()
+            name: master_of(p, offload=config.offload)
             for name, p in self._live.items()
-            if p.dtype in (torch.bfloat16, torch.float16)
+            if config.offload or p.dtype in (torch.bfloat16, torch.float16)
         }
+        self._offloaded = DeviceSums() if config.offload else None
         self._hooks = [
-            self._live[name].register_post_accumulate_grad_hook(_add_into(master))
+            self._live[name].register_post_accumulate_grad_hook(
+                _add_into(master) if self._offloaded is None else self._offloaded.hook(name)
+            )
             for name, master in self._masters.items()
         ]
         self._trained = {name: self._masters.get(name, p) for name, p in self._live.items()}
-        decayed = [p for p in self._trained.values() if p.ndim >= 2]
-        others = [p for p in self._trained.values() if p.ndim < 2]
         groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [p for p in some if (p.ndim >= 2) == decays], "weight_decay": config.weight_decay * decays}
+            for some in by_mesh(self._trained.values())
+            for decays in (True, False)
         ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        self._adamw = build_adamw(config, [group for group in groups if group["params"]])
 
     @property
     def lr(self) -> float:
@@ -112,58 +114,113 @@ class PolicyOptimizer:
         """Forgets the accumulated gradients."""
         for parameter in (*self._live.values(), *self._masters.values()):
             parameter.grad = None
+        if self._offloaded is not None:
+            self._offloaded.sums.clear()
+
+    def skip(self) -> None:
+        """Leaves a step out: the gradients are forgotten, the schedule moves on, nothing else changes."""
+        self.zero_grad()
+        self.position += 1
 
     def step(self) -> float:
         """Clips, updates, forgets the gradients; returns the global gradient norm before clipping.
 
         Raises:
-            NonFiniteError: a gradient is NaN or infinite; the weights are untouched.
+            NonFiniteError: ``gradient``: one is NaN, infinite, or so large that its square is; nothing is touched.
+                ``weights``: the step was made and left some that are not finite.
         """
-        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        value = float(norm)
-        if not math.isfinite(value):
-            culprits = [name for name, p in self._trained.items() if p.grad is not None and not _finite(p.grad)]
-            self.zero_grad()
-            where = f"in {culprits[0]} and {len(culprits) - 1} more" if culprits else "in their norm (overflow)"
-            raise NonFiniteError(
-                f"gradients are not finite {where} at optimizer step {self.steps + 1}; the weights are unchanged: "
-                "lower the learning rate, or look at the last batch's rewards and log-probabilities"
-            )
-        if self._config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self._config.max_grad_norm, norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = self.lr
-        self._adamw.step()
+        given = self._summed()
+        gradients = [local_part(gradient) for gradient in given.values()]
+        value = self._norm(gradients)
+        limit = self._config.max_grad_norm
+        if not math.isfinite(value) or min(value, limit or math.inf) > _LARGEST_NORM:
+            culprits = not_finite(given, self._ranks.largest)
+            where = f"in {named(culprits)}" if culprits else f"in their norm, {value:g} (overflow)"
+            raise NonFiniteError(f"gradients are not finite {where}", "gradient", parameters=culprits)
+        if limit is not None:
+            for gradient in gradients:
+                gradient.mul_(min(limit / (value + 1e-6), 1.0))
+        if self._offloaded is not None:
+            self._offloaded.hand_over(self._masters)
+        update(self._adamw, self.lr)
         self._copy_back()
         self.zero_grad()
         self.steps += 1
         self.position += 1
+        weights = {name: p.detach() for name, p in self._live.items()}
+        if not all_finite(list(weights.values()), self._ranks.largest):
+            culprits = not_finite(weights, self._ranks.largest)
+            text = f"the update left weights not finite in {named(culprits)}"
+            raise NonFiniteError(text, "weights", parameters=culprits)
         return value
 
+    def gradients(self) -> dict[str, Tensor]:
+        """The accumulated gradients by parameter name, whole, on every rank."""
+        return {name: whole(gradient).detach().clone() for name, gradient in self._summed().items()}
+
+    def _summed(self) -> dict[str, Tensor]:
+        """The accumulated gradients where they are, by parameter name."""
+        if self._offloaded is not None:
+            return self._offloaded.sums
+        return {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Global L2 norm of gradients of which every rank holds its part (and no part is on two of them)."""
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).double()
+        return float(self._ranks.total(norms.square().sum()).sqrt())
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 copies of the weights that have one, by their names; they are the live ones."""
+        return {name: master.detach() for name, master in self._masters.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Moments, counters and master weights."""
+        """Moments by the names of their parameters, and counters; master weights are in :attr:`masters`."""
+        moments = {name: self._adamw.state[p] for name, p in self._trained.items() if p in self._adamw.state}
         return {
             "steps": self.steps,
             "position": self.position,
-            "adamw": self._adamw.state_dict(),
-            "masters": {name: master.detach() for name, master in self._masters.items()},
+            "moments": {name: dict(own) for name, own in moments.items()},
         }
 
+    def prepare_moments(self, names: Collection[str]) -> None:
+        """Makes room for the moments of these parameters and of no others, to be filled with a state's.
+
+        The weights are to be loaded after this: it may turn the sign of a zero.
+
+        Raises:
+            ValueError: one of them is not trained.
+        """
+        unknown = set(names) - self._trained.keys()
+        if unknown:
+            raise ValueError(f"moments of {named(sorted(unknown))}, which this optimizer does not train")
+        self._adamw.state.clear()
+        self.zero_grad()
+        for name in names:  # a step with zero gradients makes whatever this kind of optimizer keeps
+            self._trained[name].grad = torch.zeros_like(self._trained[name])
+        update(self._adamw, 0.0)
+        self.zero_grad()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from :meth:`state_dict` of an optimizer over the same model.
+        """Continues from :meth:`state_dict` of an optimizer over the same model; the weights are loaded after this.
 
         Raises:
             ValueError: the state belongs to a model with other parameters.
         """
-        if state["masters"].keys() != self._masters.keys():
-            raise ValueError("the optimizer state belongs to a model of another dtype or with other parameters")
-        self._adamw.load_state_dict(state["adamw"])
+        moments = state["moments"]
+        if moments.keys() != self.state_dict()["moments"].keys():
+            self.prepare_moments(moments.keys())
         with torch.no_grad():
-            for name, master in self._masters.items():
-                master.copy_(state["masters"][name])
-        self._copy_back()
+            for name, own in self.state_dict()["moments"].items():
+                for kind, value in own.items():
+                    if value is not moments[name][kind]:  # may have been filled in place
+                        value.copy_(moments[name][kind])
         self.steps, self.position = state["steps"], state["position"]
+
+    @torch.no_grad()
+    def adopt_masters(self) -> None:
+        """The model's weights become what their masters are, after these were loaded."""
+        self._copy_back()
 
     @torch.no_grad()
     def _copy_back(self) -> None:
@@ -181,7 +238,3 @@ def _add_into(master: Tensor) -> Any:
         parameter.grad = None
 
     return hook
-
-
-def _finite(gradient: Tensor) -> bool:
-    return bool(torch.isfinite(gradient).all())

@@ -205,6 +205,9 @@ def check_supported(config: DeepseekV3Config) -> None:
     top_k, per_group = config.num_experts_per_tok or 0, experts // groups
     rules = (
         (config.num_hidden_layers > 0, f"num_hidden_layers must be >= 1, got {config.num_hidden_layers}"),
+        (_says(config, "scoring_func", "sigmoid"), f"scoring_func must be sigmoid, got {_of(config, 'scoring_func')}"),
+        (_says(config, "topk_method", "noaux_tc"), f"topk_method must be noaux_tc, got {_of(config, 'topk_method')}"),
+        (_says(config, "moe_layer_freq", 1), f"moe_layer_freq must be 1, got {_of(config, 'moe_layer_freq')}"),
         (config.hidden_act == "silu", f"hidden_act must be silu, got {config.hidden_act!r}"),
         (not config.attention_dropout, "attention_dropout is not supported: set it to 0"),
         (bool(config.rope_interleave), "rope_interleave must be true: vLLM rotates interleaved pairs whatever it says"),
@@ -225,3 +228,13 @@ def check_supported(config: DeepseekV3Config) -> None:
     for holds, message in rules:
         if not holds:
             raise ValueError(message)
+
+
+def _of(config: DeepseekV3Config, field: str) -> Any:
+    """A field that published configs have and transformers' class does not know; None where it is not given."""
+    return getattr(config, field, None)
+
+
+def _says(config: DeepseekV3Config, field: str, value: Any) -> bool:
+    """Whether such a field is not given, or is what the policy computes (``with_vllm_fields`` would hide the rest)."""
+    return _of(config, field) in (None, value)

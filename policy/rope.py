@@ -48,13 +48,15 @@ def inverse_frequencies(config: DeepseekV3Config) -> Tensor:
     dim = config.qk_rope_head_dim
     # The device is named because models are built under ``torch.device("meta")`` while they are loaded.
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    fast = 1.0 / parameters["rope_theta"] ** exponents
+    periods = parameters["rope_theta"] ** exponents
+    fast = 1.0 / periods
     if parameters.get("rope_type", "default") == "default":
         return fast
     low, high = _yarn_range(parameters, dim)
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
-    slow_share = ramp.clamp(0, 1)
-    return fast / parameters["factor"] * slow_share + fast * (1 - slow_share)
+    # In the order of operations of transformers and vLLM: at position 131,071 the last bit of a frequency is seen.
+    kept = 1 - ramp.clamp(0, 1)
+    return 1.0 / (parameters["factor"] * periods) * (1 - kept) + fast * kept
 
 
 def _yarn_range(parameters: dict[str, Any], dim: int) -> tuple[float, float]:

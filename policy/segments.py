@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-# A bucket ends where a sequence would fill less than this share of the padded length: it bounds the memory of padding.
-# Computation on padding is cut again, block by block, by the attention itself.
-MIN_FILL = 0.5
+# A bucket ends where a sequence would fill less than this share of the padded length, or where it would hold more than
+# so many places: a bucket that fits in the caches is faster than a large one, and a long sequence needs no company.
+MIN_FILL = 0.7
+BUCKET_PLACES = 512
 
 
 class _ScatterRows(torch.autograd.Function):
@@ -82,21 +84,30 @@ class Bucket:
     in_stream: Tensor
     padding: Tensor
 
+    @property
+    def tokens(self) -> slice:
+        """This bucket's part of the stream."""
+        return slice(self.start, self.stop)
+
     def lay_out(self, x: Tensor, *, zero_padding: bool = False) -> Tensor:
-        """This bucket's part of a stream, heads apart. [N, A, D] -> [S * A, L, D]
+        """This bucket's tokens, heads apart. [n, A, D] -> [S * A, L, D], a view when there is one sequence.
 
         Padding holds finite values that no real token looks at, or zeros. (Gathering is three times as fast as
         scattering into zeros, so repeating a token is the cheaper padding.)
         """
-        rows = x[self.start : self.stop].reshape(-1, x.shape[-1]).index_select(0, self.side_by_side)
+        if len(self.lengths) == 1:
+            return x.transpose(0, 1)
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.side_by_side)
         if zero_padding and len(self.padding):
             rows.index_fill_(0, self.padding, 0)
         return rows.view(-1, self.lengths[0], x.shape[-1])
 
-    def put_back(self, x: Tensor, stream: Tensor) -> None:
-        """Inverse of :meth:`lay_out`, written into this bucket's part of ``stream`` [N, A, D]. x [S * A, L, D]"""
+    def put_back(self, x: Tensor, heads: int) -> Tensor:
+        """Inverse of :meth:`lay_out`. [S * A, L, D] -> [n, A, D]"""
+        if len(self.lengths) == 1:
+            return x.transpose(0, 1)
         rows = x.reshape(-1, x.shape[-1]).index_select(0, self.in_stream)
-        stream[self.start : self.stop] = rows.view(self.stop - self.start, *stream.shape[1:])
+        return rows.view(-1, heads, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -107,10 +118,14 @@ class Segments:
         buckets: they tile the model's stream.
         order: token of the caller's stream at each place of the model's stream, which is sorted by sequence length;
             None when both are the same. [N]
+        bounds: sequence s of the model's stream is its tokens bounds[s] .. bounds[s + 1] - 1. [S + 1], int32
+        longest: tokens of the longest sequence.
     """
 
     buckets: tuple[Bucket, ...]
     order: Tensor | None
+    bounds: Tensor
+    longest: int
 
     @classmethod
     def plan(cls, lengths: Sequence[int], heads: int, device: torch.device | str = "cpu") -> Segments:
@@ -130,10 +145,12 @@ class Segments:
         buckets: list[Bucket] = []
         first, start = 0, 0
         for i in range(1, len(ordered) + 1):
-            if i == len(ordered) or ordered[i] < MIN_FILL * ordered[first]:
+            full = (i - first + 1) * ordered[first] > BUCKET_PLACES
+            if i == len(ordered) or full or ordered[i] < MIN_FILL * ordered[first]:
                 buckets.append(_bucket(ordered[first:i], start, heads, device))
                 first, start = i, buckets[-1].stop
-        return cls(tuple(buckets), order)
+        bounds = torch.tensor([0, *accumulate(ordered)], dtype=torch.int32, device=device)
+        return cls(tuple(buckets), order, bounds, ordered[0])
 
     def to_model_order(self, x: Tensor) -> Tensor:
         """The caller's stream to the model's. [N, ...]"""

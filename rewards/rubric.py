@@ -209,9 +209,8 @@ class Rubric:
             if result.value is not None:
                 scores[name] = result.value
             metrics.update({f"{name}/{metric}": value for metric, value in result.metrics.items()})
-        weights = {function.name: function.weight for function in self.config.functions}
-        reward = sum(weights[name] * value for name, value in scores.items()) if scores and not errors else None
-        return replace(rollout, scores=scores, errors=errors, metrics=metrics, reward=reward)
+        scored = replace(rollout, scores=scores, errors=errors, metrics=metrics)
+        return replace(scored, reward=weighted_reward(scored, self.config))
 
 
 class _Account:
@@ -249,6 +248,14 @@ class _Account:
             f"max_error_rate {self._limit:.0%}); the first failure: {first.error}",
             first.traceback,
         )
+
+
+def weighted_reward(rollout: Rollout, config: RubricConfig) -> float | None:
+    """The reward that follows from a rollout's scores; None when a function failed or none applied."""
+    if rollout.errors or not rollout.scores:
+        return None
+    weights = {function.name: function.weight for function in config.functions}
+    return sum(weights[name] * value for name, value in rollout.scores.items())
 
 
 def passed(rollout: Rollout, judge: str) -> bool:

@@ -20,11 +20,14 @@ class GenerateRequest:
         prompt_token_ids: the rendered prompt. [T_prompt]
         sample_index: position among the siblings, copied into the completion.
         seed: sampling seed of this request alone.
+        routed_experts: return the experts that each token was sent to; the engine was started with
+            ``return_routed_experts``.
     """
 
     prompt_token_ids: tuple[int, ...]
     sample_index: int
     seed: int
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +108,8 @@ class EngineConfig:
         max_replacements: the run stops after this many replaced workers in one run.
         weight_backend: ``shm`` (one host), ``nccl`` or ``ipc`` (GPUs): how weights travel.
         attest_tolerance: largest |Δlogp| between engine and learner on the canary, nats; 0 takes the dtype's default.
+        return_routed_experts: rollouts carry the experts of each of their tokens, into the run folder too (tokens x MoE
+            layers x experts of a token, about a byte each); ``router.replay`` of a stage turns it on by itself.
     """
 
     workers: int = 0
@@ -118,6 +123,7 @@ class EngineConfig:
     max_replacements: int = 3
     weight_backend: str = "shm"
     attest_tolerance: float = 0.0
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_backend not in ("shm", "nccl", "ipc"):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rollout.engine import GenerateRequest, WeightUpdate
-from rollout.types import Completion, FinishReason, SamplingParams
+from rollout.types import Completion, FinishReason, SamplingParams, pack_experts
 
 _CHECKSUM = re.compile(r"[0-9a-f]{16,128}")
 
@@ -27,11 +27,14 @@ class Scripted:
         token_ids: sampled tokens, end-of-sequence included when it ends by itself. [T]
         text: the decoded tokens without end-of-sequence.
         logprobs: nats, one per token; None invents a reproducible one per token. [T]
+        routed_experts: experts of the prompt's tokens and then of the sampled ones but the last, for requests that ask
+            for them. [T_prompt + T - 1][MoE layers][K], ids below 256
     """
 
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...] | None = None
+    routed_experts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
 
 Script = Callable[[tuple[int, ...], int], Scripted]  # (prompt token ids, seed) -> what is said
@@ -159,7 +162,11 @@ class ScriptedEngine:
             seed=request.seed,
         )
         limit = min(room, params.max_tokens)
-        return completion if len(said.token_ids) <= limit else _truncated(completion, limit)
+        completion = completion if len(said.token_ids) <= limit else _truncated(completion, limit)
+        if not request.routed_experts:
+            return completion
+        assert said.routed_experts is not None, "the script gives no experts, and they were asked for"
+        return replace(completion, routed_experts=_experts(completion, said.routed_experts))
 
     def _check_open(self) -> None:
         if self.closed:
@@ -176,6 +183,13 @@ def _truncated(completion: Completion, limit: int) -> Completion:
         text=completion.text[: math.floor(len(completion.text) * share)],
         finish_reason=FinishReason.LENGTH,
     )
+
+
+def _experts(completion: Completion, script: tuple[tuple[tuple[int, ...], ...], ...]) -> str:
+    """The script's experts of the tokens that were fed, as text."""
+    fed = script[: len(completion.prompt_token_ids) + len(completion.token_ids) - 1]
+    flat = bytes(expert for token in fed for layer in token for expert in layer)
+    return pack_experts(flat, (len(fed), len(fed[0]), len(fed[0][0])), 1)
 
 
 def invented_logprob(token_ids: Sequence[int], version: int) -> float:

@@ -16,11 +16,28 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rollout.engine import EngineConfig, EngineDied, GenerateRequest, WeightUpdate
 from rollout.types import Completion, FinishReason, SamplingParams
+from rollout.vllm_routing import ASKED, returned_experts
 from rollout.vllm_start import MENDS, StartOptions, start_llm
+
+
+class _Job(NamedTuple):
+    """One request to vLLM: its tokens, vLLM's sampling parameters, and whether its experts are wanted."""
+
+    prompt: Sequence[int]
+    params: Any
+    experts: bool = False
+
+
+class _Answer(NamedTuple):
+    """vLLM's output, log-probabilities of the prompt if they were asked for, and the experts as text if they were."""
+
+    before: list[float]
+    output: Any
+    experts: str | None = None
 
 
 class VllmEngine:
@@ -77,7 +94,13 @@ class VllmEngine:
         started: list[Any] = []
         # Not as the thread's result: vLLM's imports keep an exception whose frames would hold it for ever.
         await asyncio.to_thread(lambda: started.append(start_llm(Path(model_folder), config, options)))
-        return cls(started.pop(), config, options)
+        engine = cls(started.pop(), config, options)
+        if config.return_routed_experts and engine._on_cpu:
+            [fault, *_] = await engine._llm.collective_rpc("capture_routing")
+            if fault:
+                await engine.close()
+                raise ValueError(fault)
+        return engine
 
     @property
     def policy_version(self) -> int:
@@ -97,8 +120,9 @@ class VllmEngine:
             self._require_room(len(request.prompt_token_ids), 1)
         await self._open.wait()
         version = self._version
-        outputs = await self._run([(r.prompt_token_ids, _sampling(params, r.seed)) for r in requests])
-        texts = self._texts(outputs)
+        jobs = [_Job(r.prompt_token_ids, _sampling(params, r.seed), r.routed_experts) for r in requests]
+        answers = await self._run(jobs)
+        texts = self._texts([answer.output for answer in answers])
         return [
             Completion(
                 prompt_token_ids=request.prompt_token_ids,
@@ -109,8 +133,9 @@ class VllmEngine:
                 policy_version=version,
                 sample_index=request.sample_index,
                 seed=request.seed,
+                routed_experts=experts,
             )
-            for request, (_, output), text in zip(requests, outputs, texts, strict=True)
+            for request, (_, output, experts), text in zip(requests, answers, texts, strict=True)
         ]
 
     async def score_tokens(self, token_ids: Sequence[int]) -> list[float]:
@@ -121,8 +146,23 @@ class VllmEngine:
         """
         self._require_room(len(token_ids), 1)
         await self._open.wait()
-        [(prompt_logprobs, _)] = await self._run([(token_ids, _scoring(1))])
-        return prompt_logprobs
+        [answer] = await self._run([_Job(token_ids, _scoring(1))])
+        return answer.before
+
+    async def routed_experts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """The experts that each token of each sequence is sent to, all of them fed as prompts.
+
+        Returns:
+            One text per sequence, which ``rollout.types.unpack_experts`` reads. [T, MoE layers, K]
+
+        Raises:
+            ValueError: no tokens or too many, or the engine was started without ``return_routed_experts``.
+        """
+        for sequence in sequences:
+            self._require_room(len(sequence), 1)
+        await self._open.wait()
+        answers = await self._run([_Job(sequence, _scoring(1), experts=True) for sequence in sequences])
+        return [answer.experts for answer in answers if answer.experts is not None]
 
     async def canary(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[list[int], list[float]]]:
         """Continues each prompt greedily, past any end-of-sequence, by exactly ``new_tokens`` (>= 1).
@@ -137,10 +177,10 @@ class VllmEngine:
         for prompt in prompts:
             self._require_room(len(prompt), new_tokens)
         await self._open.wait()
-        outputs = await self._run([(prompt, _scoring(new_tokens)) for prompt in prompts])
+        answers = await self._run([_Job(prompt, _scoring(new_tokens)) for prompt in prompts])
         return [
             ([*prompt, *output.token_ids], [*before, *output.logprobs.logprobs])
-            for prompt, (before, output) in zip(prompts, outputs, strict=True)
+            for prompt, (before, output, _) in zip(prompts, answers, strict=True)
         ]
 
     async def update_weights(self, update: WeightUpdate, *, keep_in_flight: bool = False) -> str:
@@ -159,6 +199,11 @@ class VllmEngine:
             raise ValueError(
                 f"version {update.version} came by {update.backend!r}, this engine was started for "
                 f"{self._config.weight_backend!r}: use one engine.weight_backend for learner and workers"
+            )
+        if self._in_flight and self._config.return_routed_experts and not self._on_cpu:
+            raise ValueError(
+                f"{self._in_flight} requests are running, and on a GPU routed experts come with a prefix cache that "
+                "must be emptied: wait for the requests before an update"
             )
         if self._in_flight and not keep_in_flight:
             raise ValueError(
@@ -189,6 +234,10 @@ class VllmEngine:
 
     # -- leaves -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self._llm.vllm_config.device_config.device_type == "cpu"
+
     def _require_room(self, length: int, new_tokens: int) -> None:
         limit = self._config.max_model_len
         if not 1 <= length <= limit - new_tokens:
@@ -199,29 +248,53 @@ class VllmEngine:
                 else "a prompt needs at least one token"
             )
 
-    async def _run(self, jobs: Sequence[tuple[Sequence[int], Any]]) -> list[tuple[list[float], Any]]:
-        """(log-probabilities of the prompt if asked for, vLLM's output) per (prompt, vLLM's parameters), in order."""
+    async def _run(self, jobs: Sequence[_Job]) -> list[_Answer]:
+        """Answers in the order of the jobs."""
         if self._undefined:
             raise EngineDied(f"this engine cannot be used: {self._undefined}")
+        captured = any(job.experts for job in jobs)
+        if captured and not self._config.return_routed_experts:
+            raise ValueError("this engine returns no experts: start it with engine.return_routed_experts")
+        captured = captured and self._on_cpu
+        names = [f"{ASKED if job.experts else ''}{next(self._names)}" for job in jobs]
         self._in_flight += len(jobs)
-        tasks = [asyncio.ensure_future(self._one(prompt, params)) for prompt, params in jobs]
+        tasks = [asyncio.ensure_future(self._one(job, name)) for job, name in zip(jobs, names, strict=True)]
         try:
             with self._alive():
-                return await asyncio.gather(*tasks)
+                answers = await asyncio.gather(*tasks)
+                return await self._with_captured(jobs, names, answers) if captured else answers
         finally:
             for task in tasks:
                 task.cancel()  # of those that still run, when one failed or this call was cancelled
             self._in_flight -= len(jobs)
+            if captured and self._llm is not None:
+                await asyncio.gather(*tasks, return_exceptions=True)  # vLLM knows by then that they are over
+                with contextlib.suppress(EngineDied), self._alive():
+                    await self._llm.collective_rpc("drop_routing", args=(names,))
 
-    async def _one(self, prompt: Sequence[int], params: Any) -> tuple[list[float], Any]:
+    async def _one(self, job: _Job, name: str) -> _Answer:
         from vllm.inputs.engine import tokens_input
 
-        name = str(next(self._names))
-        async for result in self._llm.generate(tokens_input(list(prompt)), params, name):
+        async for result in self._llm.generate(tokens_input(list(job.prompt)), job.params, name):
             if result.finished:
-                before = result.prompt_logprobs
-                return [] if before is None else list(before.logprobs), result.outputs[0]
+                before, output = result.prompt_logprobs, result.outputs[0]
+                experts = None
+                if job.experts and not self._on_cpu:
+                    experts = returned_experts(output, self._llm.model_config, _fed(job, output))
+                    assert experts is not None, f"vLLM returned too few rows of experts for request {name}"
+                return _Answer([] if before is None else list(before.logprobs), output, experts)
         raise AssertionError(f"vLLM ended request {name} without a finished output")
+
+    async def _with_captured(
+        self, jobs: Sequence[_Job], names: Sequence[str], answers: Sequence[_Answer]
+    ) -> list[_Answer]:
+        """The answers with the experts that the engine process captured for them."""
+        triples = list(zip(jobs, names, answers, strict=True))
+        asked = [(name, _fed(job, answer.output)) for job, name, answer in triples if job.experts]
+        [texts, *_] = await self._llm.collective_rpc("take_routing", args=(asked,))
+        assert None not in texts, f"the experts of request {asked[texts.index(None)][0]} were not captured"
+        found = dict(zip((name for name, _ in asked), texts, strict=True))
+        return [answer._replace(experts=found.get(name)) for _, name, answer in triples]
 
     async def _take_over(self, update: WeightUpdate) -> str:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -245,6 +318,8 @@ class VllmEngine:
         await llm.finish_weight_update(str(update.version))
         if frozen:
             await llm.resume_generation()
+        if self._config.return_routed_experts and not self._on_cpu:
+            assert await llm.reset_prefix_cache(), "vLLM kept what the old weights computed"
         return "/".join(sorted(set(await llm.collective_rpc("received_digest"))))
 
     @contextlib.contextmanager
@@ -258,15 +333,20 @@ class VllmEngine:
         except EngineDeadError:
             raise EngineDied("the vLLM process of this engine is gone; its log says why") from None
 
-    def _texts(self, outputs: Sequence[tuple[Any, Any]]) -> list[str]:
+    def _texts(self, outputs: Sequence[Any]) -> list[str]:
         """Decoded once at the end: vLLM's incremental decoding costs a pass per token."""
         ids, cuts = [], []
-        for _, output in outputs:
+        for output in outputs:
             ended, by = output.finish_reason == FinishReason.STOP, output.stop_reason
             cuts.append(by if ended and isinstance(by, str) else None)
             ids.append(output.token_ids[:-1] if ended and not isinstance(by, str) else output.token_ids)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return [text if cut is None else text.partition(cut)[0] for text, cut in zip(texts, cuts, strict=True)]
+
+
+def _fed(job: _Job, output: Any) -> int:
+    """Tokens that were fed: the prompt, and the sampled ones but the last, which is drawn and never fed."""
+    return len(job.prompt) + len(output.token_ids) - 1
 
 
 def _sampling(params: SamplingParams, seed: int) -> Any:

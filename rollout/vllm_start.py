@@ -81,7 +81,7 @@ def engine_arguments(folder: Path, config: EngineConfig, options: StartOptions, 
     """Keyword arguments of vLLM's ``AsyncEngineArgs``.
 
     Raises:
-        ValueError: a model, or a backend for weights, that vLLM does not run on this kind of device.
+        ValueError: a model, a backend for weights, or an option that vLLM does not run on this kind of device.
     """
     if cpu and config.weight_backend != "shm":
         raise ValueError(f"engine.weight_backend {config.weight_backend} needs GPUs; use shm on a CPU")
@@ -103,7 +103,11 @@ def engine_arguments(folder: Path, config: EngineConfig, options: StartOptions, 
     )
     if not cpu:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        if config.return_routed_experts:  # vLLM keeps them beside its prefix cache, and refuses them without one
+            arguments.update(enable_return_routed_experts=True, enable_prefix_caching=True)
         return arguments
+    if config.return_routed_experts and config.enforce_eager is False:
+        raise ValueError("routed experts are captured from eager code on a CPU: leave engine.enforce_eager at null")
     check_latent(folder)
     arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if "rotary" in options.mends:

@@ -13,6 +13,7 @@ Imported by vLLM's processes alone (it imports vLLM).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from rollout.parent_watch import watch_parent, watched_parent
 from rollout.shared_memory import Segment
 from rollout.vllm_mends import active_mends, make_batch_invariant, repack_experts
+from rollout.vllm_routing import RoutingCapture
 
 
 @dataclass
@@ -97,6 +99,26 @@ class WorkerExtension:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``."""
 
     weight_transfer_engine: Any
+    model_runner: Any
+    routing_capture: RoutingCapture | None = None
+
+    def capture_routing(self) -> str:
+        """Begins to keep the experts of requests that ask for them; returns why it cannot, or nothing."""
+        try:
+            self.routing_capture = RoutingCapture.of(self.model_runner)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def take_routing(self, asked: Sequence[tuple[str, int]]) -> list[str | None]:
+        """See :meth:`RoutingCapture.take`."""
+        assert self.routing_capture is not None
+        return self.routing_capture.take(asked)
+
+    def drop_routing(self, names: Sequence[str]) -> int:
+        """See :meth:`RoutingCapture.drop`."""
+        assert self.routing_capture is not None
+        return self.routing_capture.drop(names)
 
     def received_digest(self) -> str:
         """Checksum of what the last update brought."""

@@ -21,6 +21,8 @@ from tests.integration.support.killed_run import POINTS
 
 SUPPORT = Path(__file__).parent / "support"
 ROOT = Path(__file__).parents[2]
+# What must come back as well: experts from the journal to be replayed, and correction biases that move.
+ROUTING = ("stages.grpo.router.replay=true", "stages.grpo.router.bias=update", "stages.grpo.router.bias_rate=0.01")
 
 
 def run(folder: Path, point: str, workers: int = 2) -> tuple[int, str]:
@@ -31,7 +33,7 @@ def run(folder: Path, point: str, workers: int = 2) -> tuple[int, str]:
     in ``shown``.
     """
     command = [sys.executable, "-m", "tests.integration.support.killed_run", str(SUPPORT / "mini.yaml"),
-               str(folder / "drawn"), point, f"run.dir={folder}", f"engine.workers={workers}"]  # fmt: skip
+               str(folder / "drawn"), point, f"run.dir={folder}", f"engine.workers={workers}", *ROUTING]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
     assert done.returncode in (0, 1, -signal.SIGKILL), done.stdout[-2000:] + done.stderr[-3000:]
     (folder / "shown").write_text(done.stdout)
@@ -67,11 +69,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]
 
 def lose_the_learner(folder: Path) -> None:
     """The learner's process alone is killed, in the middle of a checkpoint; the driver ends by itself and says so."""
-    assert run(folder, "lost-learner", workers=1) == (
-        1,
-        "r1: the learner was lost while it was asked to save: its process is gone (killed, or the machine is out of "
-        "memory); run the same command, it goes on from the last checkpoint\n",
-    )
+    status, told = run(folder, "lost-learner", workers=1)
+    assert status == 1
+    assert re.fullmatch(
+        r"r1: the learner was lost while it was asked to \w+: its process is gone \(killed, or the machine is out of "
+        r"memory\); run the same command, it goes on from the last checkpoint\n",
+        told,
+    ), told
     [torn] = (folder / "mini").glob("*/checkpoints/.partial-step-*")
     [whole] = torn.parent.glob("step-*")
     assert not (torn / "complete.json").exists() and (whole / "complete.json").exists()
@@ -90,6 +94,19 @@ def test_every_rollout_is_the_same(runs: tuple[Path, Path]) -> None:
     calm, killed = runs
     assert rollouts(calm) == rollouts(killed)
     assert len(rollouts(calm)) == 3 + 2 * 2
+    held = [path for path, text in rollouts(calm).items() if '"routed_experts": "' in text]
+    assert [Path(path).parts[1] for path in held] == ["03-grpo"] * 3  # of training alone: nothing replays an evaluation
+
+
+def test_experts_are_replayed_and_biases_have_moved(runs: tuple[Path, Path]) -> None:
+    for folder in runs:
+        for row in rows(folder / "mini/03-grpo/metrics.jsonl"):
+            assert 0.9 < row["router/replay_agreement"] <= 1.0
+    before, after = (
+        load_file(runs[0] / "mini" / stage / "model" / "model.safetensors") for stage in ("01-sft", "03-grpo")
+    )
+    moved = [name for name in before if name.endswith("e_score_correction_bias") and before[name].ne(after[name]).any()]
+    assert len(moved) == 2
 
 
 def test_no_finished_rollout_was_drawn_again(runs: tuple[Path, Path]) -> None:
@@ -224,3 +241,17 @@ def test_a_killed_engine_is_replaced_and_its_problems_are_drawn_again(runs: tupl
     assert events[at]["redrawn"] >= 2 and "process of this engine is gone" in events[at]["reason"]
     ready = [event["worker"] for event in events[at:] if event["event"] == "rollout_worker_ready"]
     assert ready == [events[at]["worker"]]
+
+
+@pytest.mark.timeout(400)
+def test_stored_steps_are_computed_again_to_the_last_bit(runs: tuple[Path, Path]) -> None:
+    """In another process than the learner's, from the stage's first model, across what was killed in between."""
+    calm, killed = runs
+    for folder, step in ((calm, 2), (killed, 1)):
+        command = [sys.executable, "-m", "pipelines.cli", "replay", str(folder / "mini"), str(step), "--json"]
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert (answer["ok"], answer["stage"], answer["step"]) == (True, "grpo", step)
+        assert answer["tolerance"]["relative"] == 0, answer["tolerance"]["reason"]
+        assert answer["same_bits"] == answer["compared"] > 45

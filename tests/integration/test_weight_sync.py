@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-from collections.abc import AsyncIterator, Iterable
+import random
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,14 +21,16 @@ from policy.checkpoint import save_model
 from policy.config import ModelConfig
 from policy.loading import load_policy
 from policy.model import checkpoint_tensors
+from policy.scorer import TokenScorer
 from rollout.engine import EngineConfig, EngineDied, GenerateRequest
-from rollout.types import SamplingParams
+from rollout.types import SamplingParams, unpack_experts
 from rollout.vllm_engine import VllmEngine
+from rollout.vllm_routing import RoutingCapture
 from rollout.vllm_start import MENDS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CONFIG = EngineConfig(max_model_len=96, kv_cache_gib=0.1)
+CONFIG = EngineConfig(max_model_len=96, kv_cache_gib=0.1, return_routed_experts=True)
 CANARY = [[256, *range(40, 70)], [256, 80, 81, 82]]
 # Four heads: the upstream rotary kernel is right for one. A wide initialisation: sharp distributions show small errors.
 MODEL = ModelConfig(
@@ -135,6 +139,91 @@ async def test_many_syncs_do_not_drift_and_completions_say_their_version(
     assert len(list(Path("/dev/shm").glob(f"r1-weights-test-{os.getpid()}-*"))) == 2
 
 
+TIE = 1e-5  # a router whose choice is nearer to another one than this may choose either, in fp32
+
+
+def routing_gap(learner: Learner, tokens: Sequence[int], experts: str | None) -> tuple[int, int, torch.Tensor]:
+    """(choices compared, of them different, the engine's [T, layers, K]) of fed tokens, up to the first tie."""
+    assert experts is not None
+    ids, shape, width = unpack_experts(experts)
+    assert shape == (len(tokens), 2, 2) and width == 1
+    engines = torch.frombuffer(bytearray(ids), dtype=torch.uint8).view(shape).long()
+    with torch.no_grad():
+        out = learner.model.hidden_states(torch.tensor([list(tokens)]), segment_lengths=[len(tokens)])
+    mine = torch.stack(out.routed_experts, dim=1)
+    margins = TokenScorer(learner.model, chunk=64).router_margins([[*tokens, 0]])[0]
+    end = next((i for i, margin in enumerate(margins) if margin < TIE), len(tokens))
+    differ = engines[:end].sort(-1).values != mine[:end].sort(-1).values
+    return differ.numel(), int(differ.sum()), engines
+
+
+def asking(count: int) -> list[GenerateRequest]:
+    """Requests of different lengths; every fifth asks for no experts."""
+    draw = random.Random(count)
+    return [
+        GenerateRequest(prompt_token_ids=tuple(draw.randrange(256) for _ in range(draw.randrange(1, 40))),
+                        sample_index=i, seed=i, routed_experts=i % 5 != 4)
+        for i in range(count)
+    ]  # fmt: skip
+
+
+async def test_the_experts_of_prompts_and_sampled_tokens_are_the_learners(
+    engine: VllmEngine, learner: Learner, sender: WeightSender
+) -> None:
+    """As many requests at once as make a mixed batch; and again after an update that moved the correction biases."""
+    prompts = [[1], [7] * 40, list(range(90))]
+    before: list[torch.Tensor] = []
+    for version in (27, 28):
+        await sync(engine, sender, version)
+        compared = 0
+        answers = await engine.generate(asking(30), SamplingParams(max_tokens=50))
+        assert len({len(a.token_ids) for a in answers}) > 1
+        for i, answer in enumerate(answers):
+            if i % 5 == 4:
+                assert answer.routed_experts is None
+                continue
+            fed = [*answer.prompt_token_ids, *answer.token_ids][:-1]
+            count, different, _ = routing_gap(learner, fed, answer.routed_experts)
+            assert different == 0
+            compared += count
+        assert compared > 30 * 24 * 4 // 2
+        found = [routing_gap(learner, p, e) for p, e in zip(prompts, await engine.routed_experts(prompts), strict=True)]
+        assert not any(different for _, different, _ in found)
+        if before:
+            assert any((a != b).any() for a, (_, _, b) in zip(before, found, strict=True))
+        before = [experts for _, _, experts in found]
+        learner.perturb("e_score_correction_bias", seed=version, scale=0.3)
+    assert await engine._llm.collective_rpc("drop_routing", args=([],)) == [0]
+
+
+async def test_experts_of_a_completion_that_a_stop_string_ends(engine: VllmEngine, learner: Learner, sender) -> None:
+    """vLLM looks for it in another process than the model's: what was computed beyond is left out."""
+    await sync(engine, sender, 29)
+    asked = asking(4)[:1]
+    [free] = await engine.generate(asked, SamplingParams(max_tokens=40))
+    stop = next(free.text[i : i + 1] for i in range(4, len(free.text)) if free.text[i] not in free.text[:i])
+    [cut] = await engine.generate(asked, SamplingParams(max_tokens=40, stop=(stop,)))
+    assert len(cut.token_ids) < len(free.token_ids)
+    count, different, _ = routing_gap(learner, [*cut.prompt_token_ids, *cut.token_ids][:-1], cut.routed_experts)
+    assert count and different == 0
+
+
+async def test_a_cancelled_call_leaves_no_experts_behind(engine: VllmEngine) -> None:
+    task = asyncio.ensure_future(engine.generate(asking(16), SamplingParams(max_tokens=55)))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await engine.generate(asking(3), SamplingParams(max_tokens=5))
+    assert await engine._llm.collective_rpc("drop_routing", args=([],)) == [0]
+
+
+async def test_a_model_without_routers_is_refused() -> None:
+    dense = SimpleNamespace(get_model=lambda: torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"has no routers whose choice could be returned \(router.replay"):
+        RoutingCapture.of(dense)
+
+
 async def test_the_same_weights_sent_again_change_nothing(engine: VllmEngine, sender: WeightSender) -> None:
     asked = [GenerateRequest(prompt_token_ids=(5, 6, 7, 8), sample_index=i, seed=i) for i in range(4)]
     await sync(engine, sender, 30)
@@ -174,7 +263,7 @@ async def test_a_buffer_that_stays_behind_stops_the_run(engine: VllmEngine, lear
 async def test_running_requests_are_refused_or_kept_by_choice(
     engine: VllmEngine, learner: Learner, sender: WeightSender
 ) -> None:
-    asked = [GenerateRequest(prompt_token_ids=(9, 9, i), sample_index=i, seed=i) for i in range(6)]
+    asked = [GenerateRequest(prompt_token_ids=(9, 9, i), sample_index=i, seed=i, routed_experts=True) for i in range(6)]
     params = SamplingParams(max_tokens=80)
     alone = await engine.generate(asked, params)
     running = asyncio.ensure_future(engine.generate(asked, params))
@@ -188,6 +277,8 @@ async def test_running_requests_are_refused_or_kept_by_choice(
     assert {c.policy_version for c in begun_before} == {alone[0].policy_version}
     assert engine.policy_version == 60
     assert begun_before != alone  # they went on with the new weights
+    rows = [unpack_experts(c.routed_experts or "")[1][0] for c in begun_before]
+    assert rows == [2 + len(c.token_ids) for c in begun_before]  # each token's row is of when it was computed
     await learner.attest(engine)
 
 

@@ -1,11 +1,12 @@
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.batch import MicroBatch, Sample, pack, samples_from_groups
+from policy.batch import MicroBatch, Sample, pack, pack_fill, samples_from_groups
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup
 
 HAND = Sample(token_ids=(5, 6, 7, 8, 9), prompt_length=2, rollout_logprobs=(-0.1, -0.2, -0.3), advantage=1.5)
@@ -59,12 +60,49 @@ def test_demonstrations_need_no_logprobs() -> None:
     assert micro.targets.tolist() == [2, 3]
 
 
-def test_a_micro_batch_is_bounded_by_its_padded_area() -> None:
-    samples = [Sample(token_ids=tuple(range(n + 1)), prompt_length=1) for n in (2, 8, 3, 4)]
+def of_sizes(*sizes: int) -> list[Sample]:
+    return [Sample(token_ids=tuple(range(n + 1)), prompt_length=1) for n in sizes]
+
+
+def test_best_fit_by_hand() -> None:
+    samples = of_sizes(2, 8, 3, 4, 5)
+    # 8 opens one, 5 another, 4 fits behind the 8 exactly, 3 behind the 5, 2 behind those
+    assert [m.segment_lengths for m in pack(samples, 12)] == [[8, 4], [5, 3, 2]]
+    assert [m.sample_index for m in pack(samples, 12)] == [[1, 3], [4, 2, 0]]
+    # 11: the 3 leaves no room behind the 8 and 3 behind the 5: best fit takes the 8
+    assert [m.segment_lengths for m in pack(samples, 11)] == [[8, 3], [5, 4, 2]]
+    assert [m.segment_lengths for m in pack(samples, 4)] == [[8], [5], [4], [3], [2]]
+    assert [m.segment_lengths for m in pack(of_sizes(9, 9, 1), 10)] == [[9, 1], [9]]  # a tie goes to the earlier one
+
+
+def test_a_model_that_pads_gets_similar_lengths() -> None:
+    samples = of_sizes(2, 8, 3, 4)
     # sorted 8, 4, 3, 2: 2 x 8 > 12; 3 x 4 = 12 fits exactly
-    assert [m.segment_lengths for m in pack(samples, 12)] == [[8], [4, 3, 2]]
-    assert [m.segment_lengths for m in pack(samples, 11)] == [[8], [4, 3], [2]]
-    assert [m.segment_lengths for m in pack(samples, 1)] == [[8], [4], [3], [2]]
+    assert [m.segment_lengths for m in pack(samples, 12, padded=True)] == [[8], [4, 3, 2]]
+    assert [m.segment_lengths for m in pack(samples, 11, padded=True)] == [[8], [4, 3], [2]]
+    assert [m.segment_lengths for m in pack(samples, 1, padded=True)] == [[8], [4], [3], [2]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["geometric", "lognormal"]), st.integers(0, 10_000))
+def test_micro_batches_but_the_last_are_full(shape: str, seed: int) -> None:
+    """Ragged batches as RL has them: 96 to 512 sequences, a micro-batch of about sixteen."""
+    draw = random.Random(seed)
+    count, limit = draw.randint(96, 512), 512
+    if shape == "geometric":
+        lengths = [min(limit, 2 + int(draw.expovariate(1 / 30))) for _ in range(count)]
+    else:
+        lengths = [min(limit, 2 + int(draw.lognormvariate(3, 1))) for _ in range(count)]
+    micros = pack(of_sizes(*lengths), limit)
+    fullest_first = sorted((m.tokens for m in micros), reverse=True)
+    assert all(tokens >= 0.95 * limit for tokens in fullest_first[:-1])
+    assert pack_fill(micros, limit) == pytest.approx(sum(lengths) / (len(micros) * limit))
+
+
+def test_fill_by_hand() -> None:
+    micros = pack(of_sizes(20, 8, 4), 10)
+    assert [m.tokens for m in micros] == [20, 8, 4]
+    assert pack_fill(micros, 10) == 32 / 40  # the long one fills its own
 
 
 def test_empty_batch() -> None:
@@ -74,20 +112,21 @@ def test_empty_batch() -> None:
 lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=20)
 
 
-@given(lengths, st.integers(1, 60))
-def test_every_token_lands_exactly_once(shapes: list[tuple[int, int]], limit: int) -> None:
+@given(lengths, st.integers(1, 60), st.booleans())
+def test_every_token_lands_exactly_once(shapes: list[tuple[int, int]], limit: int, padded: bool) -> None:
     token = iter(range(10_000))
     samples = [
         Sample(token_ids=tuple(next(token) for _ in range(p + c)), prompt_length=p, advantage=float(i))
         for i, (p, c) in enumerate(shapes)
     ]
-    micros = pack(samples, limit)
+    micros = pack(samples, limit, padded=padded)
     assert sorted(i for m in micros for i in m.sample_index) == list(range(len(samples)))
     assert sorted(t for m in micros for t in m.targets.tolist()) == sorted(
         t for s in samples for t in s.token_ids[s.prompt_length :]
     )
     for micro in micros:
-        assert len(micro.segment_lengths) == 1 or len(micro.segment_lengths) * max(micro.segment_lengths) <= limit
+        places = len(micro.segment_lengths) * max(micro.segment_lengths) if padded else micro.tokens
+        assert len(micro.segment_lengths) == 1 or places <= limit
         assert sum(micro.segment_lengths) == micro.tokens == len(micro.loss_mask)
         assert micro.segment_lengths == sorted(micro.segment_lengths, reverse=True)
         # the token before each target is the input at its position, within the same sequence

@@ -23,9 +23,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from policy import checkpoint
+from policy import model_folder, state, whole_folder
 from policy.checkpoint import (
     CheckpointError,
+    checkpoints,
     latest_checkpoint,
     load_checkpoint,
     prune,
@@ -36,9 +37,9 @@ from policy.config import ModelConfig
 from policy.loading import check_model, load_policy
 from policy.model import PolicyModel
 from policy.tokenizer import build_tokenizer
+from tests.unit.plain_learner import TINY, Plain
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-TINY = ModelConfig(preset="tiny", overrides={"hidden_size": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8})
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,14 @@ def qwen(**fields: Any) -> Qwen2ForCausalLM:
 
 def save(parent: Path, step: int, tiny: Policy, **extra: Any) -> Path:
     folder = parent / f"step-{step:06d}"
-    state = {"moments": [torch.arange(5.0)], "steps": step}
-    save_checkpoint(folder, model=tiny[0], tokenizer=tiny[1], learner_state=state, extra={"step": step, **extra})
+    learner = Plain(tiny[0], step)
+    save_checkpoint(folder, learner=learner, tokenizer=tiny[1], extra={"step": step, **extra})
     return folder
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """What a fresh learner of the same shapes finds: ``extra``."""
+    return load_checkpoint(folder, Plain(load_policy(TINY, seed=5)[0]))
 
 
 def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -203,13 +209,15 @@ def test_a_tokenizer_that_is_too_large(tmp_path: Path) -> None:
 
 def test_round_trip(tmp_path: Path, tiny: Policy) -> None:
     folder = save(tmp_path, 7, tiny, cursor={"epoch": 1, "at": 3})
-    found = load_checkpoint(folder)
-    assert found.extra == {"step": 7, "cursor": {"epoch": 1, "at": 3}}
-    assert found.learner_state["steps"] == 7
-    assert torch.equal(found.learner_state["moments"][0], torch.arange(5.0))
-    assert same(tiny[0], load_policy(ModelConfig(path=str(found.model_folder)), seed=0)[0])
+    fresh = Plain(load_policy(TINY, seed=5)[0], moments=torch.zeros(5))
+    assert not same(tiny[0], fresh.model)
+    assert load_checkpoint(folder, fresh) == {"step": 7, "cursor": {"epoch": 1, "at": 3}}
+    assert fresh.steps == 7
+    assert torch.equal(fresh.moments, torch.arange(5.0))
+    assert same(tiny[0], fresh.model)
+    assert same(tiny[0], load_policy(ModelConfig(path=str(folder / "model")), seed=0)[0])
     assert (folder / "model/tokenizer.json").is_file()
-    assert AutoTokenizer.from_pretrained(found.model_folder).eos_token_id == 1
+    assert AutoTokenizer.from_pretrained(folder / "model").eos_token_id == 1
 
 
 def test_latest_is_by_number_and_ignores_what_is_torn(tmp_path: Path, tiny: Policy) -> None:
@@ -220,7 +228,7 @@ def test_latest_is_by_number_and_ignores_what_is_torn(tmp_path: Path, tiny: Poli
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000010"
     (tmp_path / "step-000010/complete.json").unlink()
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000009"
-    with (tmp_path / "step-000009/learner.pt").open("ab") as file:
+    with (tmp_path / "step-000009/state/__0_0.distcp").open("ab") as file:
         file.truncate(10)
     assert latest_checkpoint(tmp_path) == tmp_path / "step-000002"
     (tmp_path / "step-000002/model/model.safetensors").unlink()
@@ -235,14 +243,41 @@ def test_latest_is_by_number_and_ignores_what_is_torn(tmp_path: Path, tiny: Poli
         (lambda f: shutil.rmtree(f), "no readable complete.json"),
         (lambda f: (f / "model/config.json").unlink(), "model/config.json is missing"),
         (lambda f: (f / "extra.json").write_text("{"), "extra.json has 1 bytes instead of"),
-        (lambda f: (f / "learner.pt").write_bytes(b"x" * (f / "learner.pt").stat().st_size), "cannot be read"),
+        (lambda f: (f / "state/.metadata").unlink(), "state/.metadata is missing"),
+        (lambda f: overwrite(f / "state/.metadata"), "its list of tensors cannot be read .*: resume from an earlier"),
+        (lambda f: overwrite(f / "state/__0_0.distcp"), "it cannot be read .*: resume from an earlier one"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, tiny: Policy, damage, message: str) -> None:
     folder = save(tmp_path, 1, tiny)
     damage(folder)
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(b"x" * file.stat().st_size)
+
+
+def test_a_checkpoint_of_another_model_or_version_is_refused(tmp_path: Path, tiny: Policy) -> None:
+    folder = save(tmp_path, 1, tiny)
+    other = load_policy(ModelConfig(preset="tiny", overrides={**TINY.overrides, "n_routed_experts": 4}), seed=1)[0]
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"its model\.\S+ is torch.float32 \[8, .* learner has .* \[4, .*another model"
+    ):
+        load_checkpoint(folder, Plain(other))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    longer = Plain(tiny[0])
+    longer.state_dict = lambda: {**Plain(tiny[0]).state_dict(), "news": 1}  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="it holds no news: it belongs to another model, optimizer or version"):
+        load_checkpoint(folder, longer)
+    shutil.rmtree(folder / "state")
+    (folder / "learner.pt").write_text("")
+    (folder / "complete.json").write_text('{"files": {"learner.pt": 0}}')
+    with pytest.raises(CheckpointError, match=r"written by an earlier version .*: begin anew from .*step-000001/model"):
+        load(folder)
 
 
 def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path, tiny: Policy) -> None:
@@ -255,6 +290,7 @@ def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path, tiny: Poli
     assert sorted(p.name for p in tmp_path.iterdir()) == ["keep-me", "step-000002"]
     assert len(removed) == 5
     assert prune(tmp_path, 5) == []
+    assert checkpoints(tmp_path) == {2: tmp_path / "step-000002"}
     with pytest.raises(ValueError, match="keep must be >= 1"):
         prune(tmp_path, 0)
 
@@ -262,7 +298,7 @@ def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path: Path, tiny: Poli
 def test_a_checkpoint_can_be_written_again(tmp_path: Path, tiny: Policy) -> None:
     save(tmp_path, 1, tiny, run="first")
     folder = save(tmp_path, 1, tiny, run="second")
-    assert load_checkpoint(folder).extra["run"] == "second"
+    assert load(folder)["run"] == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
@@ -284,7 +320,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(
     monkeypatch.undo()
     latest = latest_checkpoint(tmp_path)
     assert latest is not None
-    assert load_checkpoint(latest).extra["run"] == "first"
+    assert load(latest)["run"] == "first"
     save(tmp_path, 2, tiny)
     prune(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
@@ -293,26 +329,27 @@ def test_a_kill_between_the_two_renames_loses_nothing(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from policy import checkpoint
-from policy.config import ModelConfig
-from policy.loading import check_model, load_policy
-
-overrides = {"hidden_size": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8}
+from policy import checkpoint, model_folder, saver, whole_folder
 from policy.loading import load_policy
-model, tokenizer = load_policy(ModelConfig(preset="tiny", overrides=overrides), seed=1)
+from tests.unit.plain_learner import TINY, Plain
+
+model, tokenizer = load_policy(TINY, seed=1)
 for moment in sys.argv[2:]:
     pid = os.fork()
     if pid == 0:
-        setattr(checkpoint, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        module, name = moment.split(".")
+        setattr(globals()[module], name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         folder = Path(sys.argv[1]) / moment / "step-000002"
-        checkpoint.save_checkpoint(folder, model=model, tokenizer=tokenizer, learner_state={}, extra={})
+        writing = saver.Saver()
+        writing.save(folder, learner=Plain(model), tokenizer=tokenizer, extra={}, background=moment == sys.argv[-1])
+        writing.wait()
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 """
 
 
 def test_kill_9_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path, tiny: Policy) -> None:
-    moments = ("_generation_config", "_flush", "_take_place")
+    moments = ("checkpoint.write_state", "model_folder.write_files", "whole_folder._flush", "whole_folder._take_place")
     for moment in moments:
         save(tmp_path / moment, 1, tiny)
     command = [sys.executable, "-c", KILLED, str(tmp_path), *moments]
@@ -329,13 +366,14 @@ def test_kill_9_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path, tiny:
 
 def test_everything_is_flushed_before_the_rename(tmp_path: Path, tiny: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, rename = checkpoint._fsync, os.rename
-    monkeypatch.setattr(checkpoint, "_fsync", lambda p: (events.append(p.name), fsync(p)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    fsync, rename = whole_folder._fsync, os.rename
+    monkeypatch.setattr(whole_folder, "_fsync", lambda p: (events.append(p.name), fsync(p)))
+    # torch renames something inside, too
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(f"rename to {Path(b).name}"), rename(a, b)))
     folder = save(tmp_path, 1, tiny)
-    at = events.index("rename")
+    at = events.index("rename to step-000001")
     files = {p.name for p in folder.rglob("*")} | {".partial-step-000001"}
-    assert set(events[:at]) == files
+    assert {event for event in events[:at] if not event.startswith("rename")} == files
     assert events[at + 1 :] == [tmp_path.name]
 
 
@@ -360,45 +398,35 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_rest(
 ) -> None:
     first = save(small_disk, 1, tiny)
     if not told:  # quotas, and other writers, are not seen beforehand: let the write itself fail
-        monkeypatch.setattr(checkpoint, "_OVERHEAD_BYTES", -(1 << 30))
-    big = {"moments": torch.zeros(1 << 20)}
+        monkeypatch.setattr(whole_folder, "_OVERHEAD_BYTES", -(1 << 30))
+    big = Plain(tiny[0], moments=torch.zeros(1 << 20))
     with pytest.raises(CheckpointError) as caught:
-        save_checkpoint(small_disk / "step-000002", model=tiny[0], tokenizer=tiny[1], learner_state=big, extra={})
+        save_checkpoint(small_disk / "step-000002", learner=big, tokenizer=tiny[1], extra={})
     message = str(caught.value)
     assert message.startswith(f"disk full: {small_disk / 'step-000002'} needs")
     assert "\n" not in message
     assert isinstance(caught.value, OSError)
     assert [p.name for p in small_disk.iterdir()] == ["step-000001"]
     assert latest_checkpoint(small_disk) == first
-    assert load_checkpoint(first).extra == {"step": 1}
+    assert load(first) == {"step": 1}
 
 
-class FullDiskModel:
-    """Stands for a model; its weights go to a device that is always full."""
-
-    generation_config = None
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"w": torch.zeros(1 << 18)}
-
-    def save_pretrained(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text("{}")
-        if self.error is not None:
-            raise self.error
-        with open("/dev/full", "wb", buffering=0) as file:
-            file.write(b"x" * 4096)
-
-
-def test_a_full_disk_without_root(tmp_path: Path, tiny: Policy) -> None:
+@pytest.mark.parametrize("part", ["state", "model"])
+def test_a_full_disk_without_root(tmp_path: Path, tiny: Policy, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the checkpoint goes to a device that is always full."""
     first = save(tmp_path, 1, tiny)
-    with pytest.raises(CheckpointError, match=r"disk full: .*step-000002 needs 2\.0 MiB and .* MiB are free"):
-        save(tmp_path, 2, (FullDiskModel(), tiny[1]))  # type: ignore[arg-type]
+    real = Path.open
+
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
+        full = path.suffix == {"state": ".distcp", "model": ".safetensors"}[part] and ".partial" in str(path)
+        return real(Path("/dev/full") if full else path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(CheckpointError, match=r"disk full: .*step-000002 needs \d\.\d MiB and .* MiB are free"):
+        save(tmp_path, 2, tiny)
+    monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-    assert load_checkpoint(first).extra == {"step": 1}
+    assert load(first) == {"step": 1}
 
 
 def test_too_little_space_is_seen_before_anything_is_written(
@@ -410,15 +438,25 @@ def test_too_little_space_is_seen_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_failures_keep_their_reason(tmp_path: Path, tiny: Policy) -> None:
-    denied = FullDiskModel(PermissionError(errno.EACCES, "Permission denied"))
+def test_other_failures_keep_their_reason(tmp_path: Path, tiny: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> None:
+        def raising(*_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(model_folder, "write_files", raising)
+
+    fail(PermissionError(errno.EACCES, "Permission denied"))
     with pytest.raises(CheckpointError, match=r"cannot write .*step-000002: .*Permission denied"):
-        save(tmp_path, 2, (denied, tiny[1]))  # type: ignore[arg-type]
+        save(tmp_path, 2, tiny)
+    fail(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        save(tmp_path, 2, (FullDiskModel(RuntimeError("a bug")), tiny[1]))  # type: ignore[arg-type]
+        save(tmp_path, 2, tiny)
+    monkeypatch.setattr(state._Writer, "finish", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("torch's bug")))
+    with pytest.raises(RuntimeError, match="torch's bug"):
+        save(tmp_path, 2, tiny)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_name_is_checked(tmp_path: Path, tiny: Policy) -> None:
     with pytest.raises(ValueError, match="named step-NNNNNN"):
-        save_checkpoint(tmp_path / "last", model=tiny[0], tokenizer=tiny[1], learner_state={}, extra={})
+        save_checkpoint(tmp_path / "last", learner=Plain(tiny[0]), tokenizer=tiny[1], extra={})

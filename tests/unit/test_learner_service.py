@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipelines.learner_service import LearnerService
+from policy.checkpoint import CheckpointError
 from policy.config import LearnerConfig, LossConfig, ModelConfig, OptimizerConfig
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup
 from tests.unit.test_learner import assert_same_bits, weights
@@ -163,3 +164,39 @@ def test_a_step_that_is_truncated_and_masked_throughout_leaves_the_weights_alone
     assert_same_bits(before, weights(learner.model))
     assert step(learner, 1, truncated=True)["learner/skipped"] == 0
     assert any(not torch.equal(value, before[name]) for name, value in weights(learner.model).items())
+
+
+def test_a_checkpoint_in_the_background_holds_the_moment_of_its_call(tmp_path: Path) -> None:
+    """And a stage's model, which is written after it, the moment of its own."""
+    learner = service()
+    begin(learner)
+    step(learner, 0)
+    saved = weights(learner.model)
+    learner.save(str(tmp_path / "step-000001"), {"step": 1}, background=True)
+    step(learner, 1)
+    learner.export(str(tmp_path / "model"))
+    exported = service()
+    exported.load_model(str(tmp_path / "model"))
+    assert_same_bits(weights(exported.model), weights(learner.model))
+    resumed = service()
+    begin(resumed)
+    assert resumed.restore(str(tmp_path / "step-000001")) == {"step": 1}
+    assert_same_bits(weights(resumed.model), saved)
+    step(resumed, 1)
+    assert_same_bits(weights(resumed.model), weights(learner.model))
+
+
+def test_closing_waits_for_a_checkpoint_and_tells_what_became_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = service()
+    begin(learner)
+    learner.save(str(tmp_path / "step-000001"), {}, background=True)
+    learner.close()
+    assert (tmp_path / "step-000001" / "complete.json").is_file()
+    monkeypatch.setattr("policy.whole_folder._flush", lambda _: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    learner.save(str(tmp_path / "step-000002"), {}, background=True)
+    with pytest.raises(CheckpointError, match=r"cannot write .*step-000002: .*Permission denied"):
+        learner.close()
+    learner.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

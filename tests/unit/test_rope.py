@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
 from policy.rope import RotaryTable, inverse_frequencies, rotate, rotation_scale, softmax_scale
-from tests.unit.model_zoo import YARN, config_of
+from tests.unit.model_zoo import YARN, config_of, make_policy, relative_gap, twin_of
 
 DEEPSEEK_V3 = dict(
     rope_type="yarn",
@@ -47,8 +48,53 @@ def test_plain_frequencies_by_hand() -> None:
 def test_yarn_agrees_with_transformers(parameters: dict[str, Any]) -> None:
     config = config_of(qk_rope_head_dim=64, rope_parameters=parameters, max_position_embeddings=163840)
     frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
-    assert torch.allclose(inverse_frequencies(config), frequencies, rtol=1e-6, atol=0)
+    assert torch.equal(inverse_frequencies(config), frequencies), "a last bit shows at position 131,071"
     assert rotation_scale(config) == pytest.approx(scale)
+
+
+LONG = 131_072
+
+
+def test_turns_of_128k_positions_agree_with_transformers_and_with_the_truth() -> None:
+    """Angles are fp32 on all sides, learner, transformers and engine: at 131,071 the fastest pair is off by a rounding
+    of its angle, 0.004, and by that of its frequency times the position, 0.008."""
+    config = DeepseekV3Config(rope_parameters=DEEPSEEK_V3, max_position_embeddings=163840)
+    positions = torch.arange(LONG)
+    turns = RotaryTable(config)(positions)
+    twin = DeepseekV3RotaryEmbedding(config)
+    cos, sin = twin(torch.zeros(1), positions[None])
+    assert cos.shape == (1, LONG, 64), "each half holds every pair once"
+    assert torch.equal(turns.real, cos[0, :, :32]) and torch.equal(turns.imag, sin[0, :, :32])
+    truth = positions[:, None].double() * inverse_frequencies_in_fp64(DEEPSEEK_V3, 64)
+    error = (turns - torch.polar(torch.ones_like(truth), truth)).abs().amax(dim=0)
+    assert error.max() < 0.012 and error[-9:].max() < 1e-4
+
+
+def inverse_frequencies_in_fp64(parameters: dict[str, Any], dim: int) -> torch.Tensor:
+    """YaRN's frequencies by the formula of its paper, section 3.2."""
+    fast = parameters["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+    def pair(turns: float) -> float:
+        context = parameters["original_max_position_embeddings"]
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(parameters["rope_theta"]))
+
+    low, high = math.floor(pair(parameters["beta_fast"])), math.ceil(pair(parameters["beta_slow"]))
+    slow_share = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    return fast / parameters["factor"] * slow_share + fast * (1 - slow_share)
+
+
+@pytest.mark.parametrize("start", [0, 4_000, LONG - 24])
+def test_logits_at_far_positions_agree_with_transformers(start: int) -> None:
+    """A tiny policy with DeepSeek-V3's own YaRN, its tokens at positions up to 131,071."""
+    model = make_policy(
+        "yarn", rope_parameters=DEEPSEEK_V3, qk_rope_head_dim=64, max_position_embeddings=163840, num_hidden_layers=2
+    )
+    ids = torch.randint(1, 53, (1, 24), generator=torch.Generator().manual_seed(start))
+    positions = torch.arange(start, start + 24)[None]
+    with torch.no_grad():
+        ours = model(ids, position_ids=positions).logits
+        theirs = twin_of(model).eval()(ids, position_ids=positions, use_cache=False).logits
+    assert relative_gap(ours, theirs) < 3e-5
 
 
 def test_yarn_of_deepseek_v3_by_hand() -> None:

@@ -46,7 +46,7 @@ class ScriptedWorkers:
         self._rewards, self._start, self._lag = rewards, start, lag
         self._version = -1
 
-    def begin_stage(self, optimizer: Any, loss: Any, learner: Any, total_steps: int) -> None:
+    def begin_stage(self, optimizer: Any, loss: Any, learner: Any, router: Any, total_steps: int) -> None:
         self.calls.append(("begin", total_steps))
 
     def resume(self, folder: StageDir, prompts: PromptStream) -> int:

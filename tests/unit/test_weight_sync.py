@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from pipelines.gpu_transfer import GpuTransport, HandOver
 from pipelines.weight_sync import (
     AttestationError,
+    Onlooker,
     SharedMemoryTransport,
     WeightSender,
     attest_bytes,
@@ -425,4 +426,39 @@ def test_a_transfer_that_fails_is_told_by_publish(backend: str, weights: Tensors
 
     with pytest.raises(RuntimeError, match=f"could not be sent over {backend}: link down"):
         list(both())
+    transport.close()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_other_ranks_gather_as_often_as_the_first_one(passes: int) -> None:
+    gathered: list[str] = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("a", "b"):
+            gathered.append(name)
+            yield name, torch.ones(2)
+
+    onlooker = Onlooker(tensors, passes)
+    for version in (1, 2):
+        assert onlooker.publish(version) is None
+    onlooker.close()
+    onlooker.close()
+    assert gathered == ["a", "b"] * passes * 2
+
+
+def test_outlines_spare_a_first_pass(tmp_path: Path) -> None:
+    """Names and shapes are asked for without the tensors, which may have to be gathered."""
+    passes: list[int] = []
+
+    class Tensors:
+        def __call__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            passes.append(1)
+            yield "t", torch.full((3,), 7.0)
+
+        def outlines(self) -> list[tuple[str, torch.Tensor]]:
+            return [("t", torch.empty(3, device="meta"))]
+
+    transport = SharedMemoryTransport(Tensors(), "r", tmp_path)
+    update = transport.publish(1)
+    assert passes == [1] and (update.names, update.shapes) == (("t",), ((3,),))
     transport.close()

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,12 +18,13 @@ from pipelines.grpo import GrpoStage
 from pipelines.problem_sets import ProblemSets
 from pipelines.resources import own_cores
 from pipelines.rollout_pool import Job
-from pipelines.run_dir import StageDir, step_name
-from pipelines.workers import Workers
+from pipelines.run_dir import RunConfig, StageDir, step_name
+from pipelines.workers import Workers, engine_config
 from policy.config import LossConfig
 from policy.tokenizer import build_tokenizer
 from rewards.base import RewardConfig
 from rewards.rubric import RubricConfig
+from rollout.engine import EngineConfig
 from rollout.prompts import DataConfig
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
 
@@ -125,7 +126,7 @@ def scored(groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
 def drawing(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Workers:
     """Workers over a pool, with a judge that gives every completion a 1."""
     monkeypatch.setattr(Workers, "_rubric", lambda *_: SimpleNamespace(score=scored))
-    engine = SimpleNamespace(max_model_len=128)
+    engine = EngineConfig(max_model_len=128, return_routed_experts=True)
     return bare(_pool=pool, _engine=engine, tokenizer=build_tokenizer(), seed=3)
 
 
@@ -175,6 +176,71 @@ def test_siblings_and_steps_have_seeds_of_their_own(folder: StageDir, monkeypatc
         workers.rollouts(stage(group_size=2), step, PROBLEMS, folder)
     assert [len(job.requests) for job in pool.jobs] == [2] * 6
     assert len({request.seed for job in pool.jobs for request in job.requests}) == 12
+
+
+def test_experts_are_asked_for_where_a_stage_replays_them(folder: StageDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training alone: an evaluation's would fill the run folder for nothing."""
+    pool = Pool()
+    workers = drawing(pool, monkeypatch)
+    workers.rollouts(stage(group_size=2), 0, PROBLEMS[:1], folder)
+    workers._problems = cast(Any, SimpleNamespace(heldout=lambda wanted: PROBLEMS[1:2]))
+    item = HeldoutSet(name="h", data=DataConfig(source="jsonl:h.jsonl"), rewards=RUBRIC, samples=2)
+    workers.heldout_rollouts(item, folder, tag="eval", greedy=False)
+    assert [request.routed_experts for job in pool.jobs for request in job.requests] == [True, True, False, False]
+
+    recipe = load_recipe(str(MINI)).recipe
+    assert not engine_config(recipe).return_routed_experts
+    replaying = load_recipe(str(MINI), ["stages.grpo.router.replay=true"]).recipe
+    assert engine_config(replaying) == replace(recipe.engine, return_routed_experts=True)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def saving(**run: Any) -> tuple[Workers, Handle]:
+    """Workers that save every second step, and what they ask the learner."""
+    handle = Handle()
+    settings = RunConfig(checkpoint_every=2, keep_checkpoints=2, **run)
+    return bare(_learner=handle, _recipe=SimpleNamespace(run=settings)), handle
+
+
+def complete(folder: StageDir, *steps: int) -> None:
+    for step in steps:
+        path = folder.checkpoints / step_name(step)
+        path.mkdir()
+        (path / "complete.json").write_text('{"files": {}}')
+
+
+def kept(folder: StageDir) -> list[str]:
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def test_checkpoints_are_written_in_the_background_but_for_the_last(folder: StageDir) -> None:
+    workers, handle = saving()
+    prompts: Any = SimpleNamespace(state=lambda: {"position": 9})
+    for step in (1, 2, 3):
+        workers.checkpoint(folder, step, prompts, last=step == 3)
+    assert handle.calls == [
+        ("save", (str(folder.checkpoints / step_name(step)), {"step": step, "prompts": {"position": 9}}),
+         {"background": step == 2})
+        for step in (2, 3)
+    ]  # fmt: skip
+
+
+def test_the_background_can_be_switched_off(folder: StageDir) -> None:
+    workers, handle = saving(checkpoint_background=False)
+    workers.checkpoint(folder, 2, SimpleNamespace(state=dict), last=False)  # type: ignore[arg-type]
+    assert [how for _, _, how in handle.calls] == [{"background": False}]
+
+
+@pytest.mark.parametrize(("background", "left"), [(True, [".partial-step-000008"]), (False, [])])
+def test_old_checkpoints_go_and_the_one_in_flight_stays(folder: StageDir, background: bool, left: list[str]) -> None:
+    workers, _ = saving(checkpoint_background=background)
+    complete(folder, 2, 4, 6)
+    for name in (".partial-step-000008", ".partial-step-000003"):
+        (folder.checkpoints / name).mkdir()
+    workers.checkpoint(folder, 8, SimpleNamespace(state=dict), last=False)  # type: ignore[arg-type]
+    assert kept(folder) == [*left, "step-000004", "step-000006"]
 
 
 # -- held-out sets ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -82,16 +83,18 @@ def kill_a_saving_learner() -> None:
 
     original = Workers._ask_learner
 
-    def strike(learner: psutil.Process, half: Path, saved: threading.Event) -> None:
-        while not saved.is_set():
+    def strike(learner: psutil.Process, folder: Path) -> bool:
+        """Waits until it is half written and kills; False when the blow came too late."""
+        half = folder.with_name(f".partial-{folder.name}")
+        while not folder.exists():
             if half.exists():
                 learner.suspend()
                 if half.exists():
                     learner.kill()
-                else:
-                    learner.resume()
-                return
+                    return True
+                learner.resume()
             time.sleep(0.0005)
+        return False
 
     def patched(self: Workers, method: str, *args: Any, **kwargs: Any) -> Any:
         if method != "save":
@@ -99,13 +102,11 @@ def kill_a_saving_learner() -> None:
         [learner] = descendants("LearnerService")
         folder = Path(args[0])
         while True:  # until the blow comes in time
-            saved = threading.Event()
-            half = folder.with_name(f".partial-{folder.name}")
-            threading.Thread(target=strike, args=(learner, half, saved)).start()
-            try:
+            with ThreadPoolExecutor(1) as beside:
+                struck = beside.submit(strike, learner, folder)
                 original(self, method, *args, **kwargs)
-            finally:
-                saved.set()
+            if struck.result():
+                return  # the driver hears of it when it next asks
             shutil.rmtree(folder)
 
     Workers._ask_learner = patched  # type: ignore[method-assign]

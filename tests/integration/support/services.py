@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import psutil
 
 from pipelines.actors import RolloutService
 from pipelines.learner_service import LearnerService
+from pipelines.verify_service import VerifyService
 from rewards.rubric import Rubric, RubricConfig
 from rollout.scripted_engine import Faults, Scripted, ScriptedEngine
 from rollout.types import RolloutGroup
@@ -37,6 +39,28 @@ class WatchedLearner(LearnerService):
 
     def work(self) -> None:
         time.sleep(600)
+
+
+class BrokenRanks(VerifyService):
+    """Ranks that average gradients instead of adding them; where they share experts, these get a little too much."""
+
+    def load_for_measuring(self, dtype: str, *, reference: bool) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        from policy.expert_parallel import ExpertExchange
+
+        super().load_for_measuring(dtype, reference=reference)
+        if self.parallel.expert_parallel == 1:
+            for module in self.model.__dict__["_sharded"].modules():
+                if isinstance(module, FSDPModule):
+                    module.set_gradient_divide_factor(float(self.ranks.size))
+            return
+        original = ExpertExchange.__call__
+
+        def generous(exchange: ExpertExchange, x: Any, gates: Any, *args: Any) -> Any:
+            return original(exchange, x, 1.001 * gates, *args)
+
+        ExpertExchange.__call__ = generous  # type: ignore[method-assign]
 
 
 class Judge:

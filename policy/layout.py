@@ -1,0 +1,56 @@
+"""Which layouts over several ranks a model allows. Read from its config, before any weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from policy.config import ModelConfig, ParallelConfig
+from policy.presets import preset_config
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Whether the model's routed experts can be shared out as asked. FSDP2 alone is open to every model.
+
+    Raises:
+        ValueError: they cannot; one line that says why.
+    """
+    if parallel.expert_parallel == 1:
+        return
+    if model.preset is not None:
+        shapes: Any = preset_config(model.preset, **model.overrides)
+    else:
+        assert model.path is not None
+        folder = Path(model.path).expanduser()
+        shapes = AutoConfig.from_pretrained(folder if folder.is_dir() else model.path, trust_remote_code=False)
+    ours = shapes.model_type == "deepseek_v3" and shapes.first_k_dense_replace < shapes.num_hidden_layers
+    adapted = model.lora is not None and model.lora.experts
+    check_split(model.path or model.preset or "", shapes.n_routed_experts if ours else 0, parallel, adapted=adapted)
+
+
+def check_split(name: str, experts: int, parallel: ParallelConfig, *, adapted: bool) -> None:
+    """See :func:`check_layout`.
+
+    Args:
+        name: of the model, for the message.
+        experts: routed experts of a layer; 0 when there are none of DeepSeek-V3's kind.
+        parallel: the layout.
+        adapted: the experts have adapters.
+
+    Raises:
+        ValueError: the experts cannot be shared out.
+    """
+    asked = f"parallel.expert_parallel is {parallel.expert_parallel}"
+    if parallel.expert_parallel == 1:
+        return
+    if not experts:
+        raise ValueError(f"{asked}, but {name} has no routed experts of DeepSeek-V3's kind to share out: set it to 1")
+    if experts % parallel.expert_parallel:
+        raise ValueError(f"{asked}, which does not divide the {experts} routed experts of {name}: set it to a divisor")
+    if adapted:
+        raise ValueError(
+            f"{asked}, but the routed experts have adapters, which every rank needs whole: set it to 1, or "
+            "model.lora.experts to false"
+        )
