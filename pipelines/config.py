@@ -97,7 +97,8 @@ class Recipe:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if self.model.lora is not None and self.model.lora.experts and self.parallel.expert_parallel > 1:
             raise ValueError(
-                "model.lora.experts needs all experts on every rank: set parallel.expert_parallel to 1, or it to false"
+                "model.lora.experts needs all experts on every rank: set parallel.expert_parallel to 1, or "
+                "experts to false"
             )
         if not self.stages:
             raise ValueError("stages is empty: a recipe needs at least one stage")
