@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.files import write_atomic, writing
-from pipelines.run_dir import StageDir, read_json, step_name
+from pipelines.run_dir import RunDirError, StageDir, read_json, step_name
 from policy.errors import NonFiniteError
 from rollout.types import Problem, RolloutGroup
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from policy.guards import BadUpdate
 
 FOLDER = "bad"
+_OF_UPDATE = {"mini_batch": int, "what": str, "text": str, "parameters": list, "losses": list, "sequences": list}
+_OF_ROWS = ("problems", "rows")
 Rows = Sequence[tuple[Sequence[int], int]]
 
 
@@ -80,14 +82,42 @@ def read_bad_step(folder: Path, step: int) -> dict[str, Any] | None:
     Raises:
         RunDirError: the file is damaged.
     """
-    return read_json(_file(folder, step))
+    path = _file(folder, step)
+    return _read(path) if path.exists() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    kept = read_json(path)
+    lacks = _lacking(kept) if isinstance(kept, dict) else ["updates"]
+    if lacks:
+        raise RunDirError(f"{path} is damaged (it lacks or spoils: {', '.join(lacks)}): put it back or delete it")
+    return kept
+
+
+def _lacking(kept: dict[str, Any]) -> list[str]:
+    updates = kept.get("updates")
+    if not isinstance(updates, list) or not updates or not all(isinstance(each, dict) for each in updates):
+        return ["updates"]
+    lacks = [key for key, kind in _OF_UPDATE.items() if any(type(each.get(key)) is not kind for each in updates)]
+    if not isinstance(kept.get("checkpoint", 0), str | None):
+        lacks.append("checkpoint")
+    if not isinstance(kept.get("rollouts"), str) and not all(isinstance(kept.get(k), list) for k in _OF_ROWS):
+        lacks.append("rollouts, or problems and rows")
+    return lacks
 
 
 def pinned(folder: Path, most: int) -> list[str]:
     """Names of the checkpoints that the newest bad steps of a stage start from; at most ``most``."""
     kept = sorted((folder / FOLDER).glob("step-*.json"), reverse=True)
-    names = dict.fromkeys(name for path in kept if (name := read_json(path)["checkpoint"]) is not None)
+    names = dict.fromkeys(name for path in kept if (name := _checkpoint(path)) is not None)
     return list(names)[:most]
+
+
+def _checkpoint(path: Path) -> str | None:
+    kept = read_json(path)
+    if not isinstance(kept, dict) or not isinstance(kept.get("checkpoint", 0), str | None):
+        raise RunDirError(f"{path} is damaged (it lacks or spoils: checkpoint): put it back or delete it")
+    return kept["checkpoint"]
 
 
 def _keep(workers: Workers, folder: StageDir, step: int, names: list[dict[str, Any]], batch: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _DONE, _FAILED, _USAGE = 0, 1, 2
 
 _TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of CUDA libraries while transformers imports them; standard error holds r1's own lines."""
+"""Loggers that warn while transformers imports torchao."""
 
 _FORESEEN = {
     "pipelines.weight_sync": "AttestationError",
@@ -48,8 +48,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     if sys.stdout is None:  # closed by who started this
         return _fail({}, "standard output is closed; send it to a file or to /dev/null", "OSError")
     try:
@@ -62,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _one_object(options.json) as answer:
         status = _guarded(verb, options, answer)
     return _printed(answer if options.json else None, status)
+
+
+def quiet_libraries() -> None:
+    """Standard error is for r1's own lines: not for what libraries have to say about CUDA while they are imported."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _parse(argv: Sequence[str]) -> tuple[Callable[[argparse.Namespace], dict[str, Any]], argparse.Namespace]:
@@ -278,7 +283,9 @@ def _guarded(
             return _DONE
         return _fail(answer, f"a reader went away ({error}); the same command goes on from here", "BrokenPipeError")
     except KeyboardInterrupt:
-        return _fail(answer, "interrupted; the same command goes on from here", "KeyboardInterrupt")
+        anew = verb in (_verify, _VERBS["replay"][0])  # nothing of these is kept
+        how = "the same command begins again" if anew else "the same command goes on from here"
+        return _fail(answer, f"interrupted; {how}", "KeyboardInterrupt")
     except SystemExit as stop:
         text = f"code of yours ended the program (SystemExit: {stop.code}); take sys.exit out of what the recipe names"
         return _fail(answer, text, "SystemExit")

@@ -222,6 +222,15 @@ def _broken_rules(recipe: Recipe) -> Iterator[tuple[str, str]]:
                     f"is {sampling.max_tokens}, but engine.max_model_len is {limit} for prompt and completion: "
                     "lower it or raise engine.max_model_len",
                 )
+        optimizer = getattr(stage, "optimizer", None)
+        if optimizer is not None and recipe.parallel.ranks > 1:
+            for key, wrong in (("kind", optimizer.kind == "adamw8bit"), ("offload", optimizer.offload)):
+                if wrong:
+                    yield (
+                        f"{path}.optimizer.{key}",
+                        f"is {getattr(optimizer, key)!r}, which works with one learner rank, and parallel.ranks is "
+                        f"{recipe.parallel.ranks}: leave one of them out",
+                    )
         gate = getattr(stage, "gate", None)
         if gate is not None and gate.set not in evaluated:
             known = nearest(gate.set, sorted(evaluated)) or "; put an eval stage with it before this one"

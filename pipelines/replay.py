@@ -39,7 +39,7 @@ class Figure:
     Attributes:
         name: of the metric.
         logged, recomputed: None: there is none; NaN: it was not finite.
-        ok: they agree; None: it was not logged, so there is nothing to hold it against.
+        ok: they agree; None: it was not logged, though the step gives it.
     """
 
     name: str
@@ -118,7 +118,11 @@ def report(stored: StoredStage, step: int, advance: Any = lambda done, total: No
     found = Replayer(stored, threads).replay(start, step, advance)
     left_out = _left_out(stored)
     logged = stored.rows.get(step, {})
-    figures = compare(logged, found.figures, left_out, relative, absolute) if logged else []
+    # A bad step that stopped the run has no line; one that has a line must have all figures in it.
+    figures = compare(logged, found.figures, left_out, relative, absolute) if step in stored.rows else []
+    for name, (one, other) in stored.contradictions(step).items():
+        if one != other and (one is None or other is None or not _agree(one, other, relative, absolute)):
+            figures.append(Figure(name=name, logged=one, recomputed=other, ok=False))
     kept = read_bad_step(stored.path, step)
     bad = None
     if kept is not None or found.bad:
@@ -126,7 +130,7 @@ def report(stored: StoredStage, step: int, advance: Any = lambda done, total: No
     held = [figure for figure in figures if figure.ok is not None]
     worst = max(held, key=lambda figure: figure.share_of(relative, absolute), default=None)
     return {
-        "ok": all(figure.ok for figure in held) and (bad is None or _same_fault(bad)),
+        "ok": all(figure.ok for figure in figures) and bool(held or bad) and (bad is None or _same_fault(bad)),
         "run": str(stored.run),
         "stage": stored.stage.name,
         "step": step,
@@ -270,6 +274,11 @@ def lines(answer: Mapping[str, Any]) -> list[str]:
         allowed = f"{relative:g} relative, or {absolute:g}" if relative else "none"
         text.append(f"allowed deviation: {allowed} ({tolerance['reason']})")
         text.append(f"{answer['same_bits']} of {answer['compared']} figures are the same to the bit")
+    elif bad is None:
+        text.append("nothing was compared: the step's line in metrics.jsonl has no figure that can be recomputed")
+    absent = [row["name"] for row in answer["figures"] if row["ok"] is None]
+    if absent:
+        text.append(f"not logged, though the step gives them: {', '.join(absent)}")
     for why, names in answer["not_compared"].items():
         if names:
             text.append(f"{_LEFT_OUT[why]}: {', '.join(names)}")

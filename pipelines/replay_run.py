@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 from pipelines.bad_steps import names_of, read_bad_step, with_names
 from pipelines.config import Recipe, load_recipe
 from pipelines.files import read_lines
+from pipelines.first_model import check_same_model
 from pipelines.grpo import GrpoStage, step_metrics
 from pipelines.problem_sets import ProblemSets
 from pipelines.rollout_pool import SyncReport
 from pipelines.run_dir import Journal, read_json, stage_path, step_name
 from pipelines.sft import SftStage, demonstrations, resolve_target
-from pipelines.tracking import read_metrics
+from pipelines.stored_groups import check_stored
+from pipelines.tracking import read_metrics, read_rows
 from pipelines.workers import Workers
 from policy.advantages import group_advantages
 from policy.config import LossConfig
@@ -91,8 +94,13 @@ class StoredStage:
             raise ValueError(f"{run} {what} (there are: {known})")
         self.index, self.stage = chosen[-1]
         self.path = self._path(self.index)
-        self.rows = read_metrics(self.path / "metrics.jsonl")
-        self.events = [json.loads(line) for _, line in read_lines(run / "events.jsonl")]
+        metrics = self.path / "metrics.jsonl"
+        try:
+            self.rows = read_metrics(metrics)
+        except (TypeError, ValueError) as error:  # a damaged line is an OSError
+            raise ValueError(f"{metrics}: a figure is no number ({error}): put the line back") from None
+        self._times_logged = Counter(row["step"] for row in read_rows(metrics))
+        self.events = [_event(run / "events.jsonl", *line) for line in read_lines(run / "events.jsonl")]
 
     @property
     def recipe_folders(self) -> list[str]:
@@ -142,10 +150,37 @@ class StoredStage:
         """
         assert isinstance(self.stage, GrpoStage)
         rubric, found = self.stage.rewards, []
-        for group in Journal(self.path / "rollouts" / f"{step_name(step)}.jsonl").groups():
+        for group in self._kept_groups(step):
             scored = (replace(r, reward=weighted_reward(r, rubric), advantage=None) for r in group.rollouts)
             found.append(replace(group, rollouts=tuple(scored)))
         return found
+
+    def contradictions(self, step: int) -> dict[str, tuple[float | None, float | None]]:
+        """Rewards and advantages of a step of RL, stored and recomputed from its scores, by their place.
+
+        Raises:
+            RunDirError: the file is damaged.
+        """
+        if not isinstance(self.stage, GrpoStage):
+            return {}
+        found: dict[str, tuple[float | None, float | None]] = {}
+        again, _ = group_advantages(self.groups(step), self.stage.advantages)
+        for kept, group in zip(self._kept_groups(step), again, strict=True):
+            for one, other in zip(kept.rollouts, group.rollouts, strict=True):
+                place = f"{group.problem.id}/{one.completion.sample_index}"
+                found[f"stored reward of {place}"] = one.reward, other.reward
+                found[f"stored advantage of {place}"] = one.advantage, other.advantage
+        return found
+
+    def _kept_groups(self, step: int) -> list[RolloutGroup]:
+        assert isinstance(self.stage, GrpoStage)
+        path = self.path / "rollouts" / f"{step_name(step)}.jsonl"
+        groups = Journal(path).groups()
+        if not any(group.rollouts for group in groups):
+            raise ValueError(f"{path} holds no rollout: the step cannot be computed again; put the file back")
+        for group in groups:
+            check_stored(path, group, self.stage.rewards)
+        return groups
 
     def machines(self, step: int) -> list[dict[str, Any]]:
         """What the stage ran on up to a step, as recorded whenever it was started."""
@@ -154,10 +189,10 @@ class StoredStage:
         for event in self.events:
             if event.get("stage") != self.stage.name:
                 continue
-            if event["event"] == "stage_started" and "machine" in event:
+            if event.get("event") == "stage_started" and "machine" in event:
                 found.append(event["machine"])
                 since.append(0)
-            elif event["event"] == "resumed" and found:
+            elif event.get("event") == "resumed" and found:
                 since[-1] = event["step"]
         return [machine for machine, first in zip(found, since, strict=True) if first <= step]
 
@@ -165,6 +200,11 @@ class StoredStage:
         return stage_path(self.run, index, self.recipe.stages[index].kind)
 
     def _check_known(self, step: int) -> None:
+        if self._times_logged[step] > 1:  # a resumed run does not log again what is logged
+            raise ValueError(
+                f"{self.path / 'metrics.jsonl'} has {self._times_logged[step]} lines of step {step}, where a run "
+                "writes one: delete those that are not the run's"
+            )
         if step in self.rows or read_bad_step(self.path, step) is not None:
             return
         logged = sorted(self.rows)
@@ -221,8 +261,11 @@ class Replayer(Workers):
             ValueError: a model, a checkpoint or the data cannot be read.
         """
         stage, first = self._stored.stage, self._stored.first_model
+        own = first is None or not (first / "config.json").is_file()
+        if own:
+            check_same_model(self._stored.run, self._recipe.model, "")
         self._ask_learner("load")
-        if first is not None and (first / "config.json").is_file():
+        if first is not None and not own:
             self.load_model(first)
         self.tokenizer = self._service.tokenizer
         updates = stage.steps * getattr(stage, "mini_batches", 1)
@@ -292,6 +335,21 @@ class Replayer(Workers):
 
         sent = sent_tensors(self._service.model, self._recipe.model.dtype)
         return sum(tensor.numel() * tensor.element_size() for _, tensor in sent)
+
+
+def _event(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+        whole = isinstance(event, dict) and isinstance(event.get("recipe", ""), str)
+        if whole and "stage" in event and "machine" in event:
+            whole = isinstance(event["machine"], dict) and type(event["machine"].get("cores")) is int
+        if whole and "stage" in event and event.get("event") == "resumed":
+            whole = type(event.get("step")) is int
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}:{number}: this line is damaged: put it back or delete it")
+    return event
 
 
 def _ranges(steps: Sequence[int]) -> str:

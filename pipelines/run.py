@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.contamination import check_contamination
 from pipelines.evaluate import EvalStage, completions_of, run_eval
+from pipelines.first_model import check_same_model, record_model
 from pipelines.grpo import GrpoStage, check_gate, train_grpo
 from pipelines.machine import machine
 from pipelines.problem_sets import ProblemSets
@@ -56,6 +57,7 @@ def run_recipe(loaded: LoadedRecipe, *, fresh: bool = False, dry_run: bool = Fal
     with RunDir.open(recipe.run.dir, loaded, fresh=fresh) as run:
         folders = [run.stage(index, stage.name, stage.kind) for index, stage in enumerate(recipe.stages)]
         if any(folder.done is None for folder in folders):
+            _know_model(recipe, run)
             run.write_summary(summary_of(recipe, folders))
             _run_stages(recipe, run, folders, problems)
         summary = summary_of(recipe, folders)
@@ -105,6 +107,15 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
     _check_contamination(recipe, problems)
     report = {"name": recipe.name, "seed": recipe.seed, "stages": stages}
     return report if mtp is None else {**report, "mtp": mtp}
+
+
+def _know_model(recipe: Recipe, run: RunDir) -> None:
+    """Keeps what is in the folder ``model.path`` when the run begins, and refuses to go on with anything else."""
+    mend = ", give the run another name, or begin anew with --fresh"
+    if run.resumed and check_same_model(run.path, recipe.model, mend):
+        return
+    if record_model(run.path, recipe.model) and run.resumed:  # killed before, or begun by an earlier version
+        run.note({"event": "model_recorded_late", "model": recipe.model.path})
 
 
 def _run_stages(recipe: Recipe, run: RunDir, folders: Sequence[StageDir], problems: ProblemSets) -> None:

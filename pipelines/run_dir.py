@@ -2,6 +2,7 @@
 
     runs/<name>/recipe.yaml            the recipe as it was given
                 recipe.resolved.yaml   every value spelled out; a resumed run must match it
+                model.fingerprint.json sizes and checksums of the folder model.path; a resumed run must find the same
                 events.jsonl           what happened and when
                 summary.json           headline figures of the finished stages
                 NN-kind/metrics.jsonl  one line per step
@@ -304,6 +305,7 @@ def model_folder(path: Path, which: str = "last") -> Path:
 
     Raises:
         ValueError: there is no model in it, or no such checkpoint.
+        OSError: the checkpoint's model is damaged.
     """
     if which != "last":
         return _checkpoint_model(path, which)
@@ -326,7 +328,7 @@ def _checkpoint_model(path: Path, which: str) -> Path:
     if which != "best":
         if not which.isdigit() or int(which) not in steps:
             raise ValueError(f"{parent} holds no checkpoint {which!r}: take last, best or one of {kept}")
-        return steps[int(which)] / "model"
+        return _whole_model(steps[int(which)])
     scores: dict[int, float] = {}
     for _, line in read_lines(parent.parent / "evals.jsonl"):
         row = json.loads(line)
@@ -338,7 +340,14 @@ def _checkpoint_model(path: Path, which: str) -> Path:
             f"{parent.parent}: none of the kept checkpoints ({kept}) was evaluated while it was trained: set "
             "eval_every and run.keep_checkpoints, or name a step"
         )
-    return steps[max(known, key=lambda step: (known[step], step))] / "model"
+    return _whole_model(steps[max(known, key=lambda step: (known[step], step))])
+
+
+def _whole_model(checkpoint: Path) -> Path:
+    from policy.manifest import verify
+
+    verify(checkpoint, "model")
+    return checkpoint / "model"
 
 
 def brief(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,13 @@ def run(loaded: LoadedRecipe, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chosen(only: str | None) -> frozenset[str]:
-    names = [name.strip().replace("-", "_") for name in only.split(",")] if only else list(PROPERTIES)
+    if only is None:
+        return frozenset(PROPERTIES)
+    if not only.strip(" ,"):
+        raise ValueError(
+            f"--only names no property: leave it out to measure all, or name some of {', '.join(PROPERTIES)}"
+        )
+    names = [name.strip().replace("-", "_") for name in only.split(",")]
     for name in names:
         if name not in PROPERTIES:
             raise ValueError(f"--only: there is no property {name!r}; there are {', '.join(PROPERTIES)}")

@@ -7,7 +7,7 @@ while the first training stage is already running.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pipelines.resources import check_gpus, count_gpus, own_cores, start_ray
 from pipelines.rollout_pool import Job, RolloutPool, SyncReport, WeightSource, canary_prompts
 from pipelines.run_dir import Journal, step_name
 from pipelines.sft import encode_demonstration
+from pipelines.stored_groups import check_stored
 from policy.checkpoint import CheckpointError, latest_checkpoint, prune
 from policy.config import LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
 from rewards.rubric import Rubric, RubricConfig
@@ -270,10 +271,14 @@ class Workers:
         Also returns how many tokens were drawn now.
 
         A group is journaled the moment its last sample ends, before it is scored, so that a kill loses none.
+
+        Raises:
+            RunDirError: a stored group holds what no engine and no reward function gives.
         """
         asked = {p.id: p for p in problems}
-        # A group of a problem that reads otherwise now (a gold answer was mended, say) is drawn again.
-        finished = {i: g for i, g in journal.finished().items() if i in asked and _same(g.problem, asked[i])}
+        finished = self._finished(journal, asked, step, samples)
+        for group in finished.values():
+            check_stored(journal.path, group, rewards)
         scored = [g for g in finished.values() if any(r.scores or r.errors for r in g.rollouts)]
         advance(sum(len(g.rollouts) for g in finished.values()))
         jobs = [
@@ -292,6 +297,28 @@ class Workers:
         rubric = self._rubric(rewards, problems[0], template)
         groups = in_order([*scored, *rubric.score(unscored())], problems)
         return groups, _tokens(g for g in groups if g.problem.id not in finished)
+
+    def _finished(
+        self, journal: Journal, asked: Mapping[str, Problem], step: int, samples: int
+    ) -> dict[str, RolloutGroup]:
+        """The journal's groups that are those that would be drawn now; of the others with too few or other samples,
+        says that they are drawn again.
+        """
+        found: dict[str, RolloutGroup] = {}
+        for name, group in journal.finished().items():
+            # A group of a problem that reads otherwise now (a gold answer was mended, say) is drawn again.
+            if name not in asked or not _same(group.problem, asked[name]):
+                continue
+            wanted = [(i, sampling_seed(self.seed, step, name, i)) for i in range(samples)]
+            kept = [(r.completion.sample_index, r.completion.seed) for r in group.rollouts]
+            if kept == wanted:
+                found[name] = group
+                continue
+            reason = f"it holds the samples {[i for i, _ in kept]} of {samples}"
+            if sorted(i for i, _ in kept) == list(range(samples)):
+                reason = "its samples have other seeds or another order than those that are asked for"
+            self.run.note({"event": "drawn_again", "file": str(journal.path), "problem": name, "reason": reason})
+        return found
 
     def _ask_learner(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the learner answers.

@@ -20,6 +20,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -48,6 +49,9 @@ class Sample:
     routed_experts: Tensor | None = None
 
     def __post_init__(self) -> None:
+        experts = self.routed_experts
+        if experts is not None and (experts.dtype == torch.bool or experts.is_floating_point()):
+            raise ValueError(f"routed_experts hold {experts.dtype}: experts are numbered by integers")
         if self.prompt_length < 1:
             raise ValueError("a sample needs a prompt of at least one token: nothing predicts its first token")
         if self.prompt_length >= len(self.token_ids):
@@ -175,7 +179,8 @@ def pack(samples: Sequence[Sample], micro_batch_tokens: int, *, padded: bool = F
             limit, and similar lengths go together.
 
     Raises:
-        ValueError: ``micro_batch_tokens`` < 1, or only some samples carry rollout_logprobs or routed_experts.
+        ValueError: ``micro_batch_tokens`` < 1, or only some samples carry rollout_logprobs or routed_experts, or
+            these have different shapes.
     """
     if micro_batch_tokens < 1:
         raise ValueError(f"micro_batch_tokens must be >= 1, got {micro_batch_tokens}")
@@ -185,8 +190,32 @@ def pack(samples: Sequence[Sample], micro_batch_tokens: int, *, padded: bool = F
             raise ValueError(
                 f"{len(samples) - having} of {len(samples)} samples have no {name}: give them to all samples or to none"
             )
+    shapes = [None if s.routed_experts is None else tuple(s.routed_experts.shape[1:]) for s in samples]
+    for index, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"routed_experts of sample {index} have {list(shape or ())} layers and experts a token, those of "
+                f"sample 0 {list(shapes[0] or ())}: they come from different models; draw the rollouts again"
+            )
     sizes = [len(sample.token_ids) - 1 for sample in samples]
     return [_micro_batch(samples, rows) for rows in cut(sizes, micro_batch_tokens, padded=padded)]
+
+
+def check_token_ids(samples: Sequence[Sample], vocabulary: int) -> None:
+    """Refuses tokens that a model of ``vocabulary`` tokens does not have.
+
+    Raises:
+        ValueError: names the first sample that has one.
+    """
+    for index, sample in enumerate(samples):
+        ids = sample.token_ids
+        whole = all(issubclass(kind, Integral) for kind in set(map(type, ids)))
+        if not whole or min(ids) < 0 or max(ids) >= vocabulary:
+            place = next(i for i, t in enumerate(ids) if not isinstance(t, Integral) or not 0 <= t < vocabulary)
+            raise ValueError(
+                f"token {place} of sample {index} is {ids[place]!r}, the model has 0..{vocabulary - 1}: was the sample "
+                "made with another tokenizer?"
+            )
 
 
 def cut(sizes: Sequence[int], limit: int, *, padded: bool = False) -> list[list[int]]:

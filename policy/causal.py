@@ -14,6 +14,7 @@ bucket, L their padded length.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,12 +26,14 @@ from policy.rope import rotate
 from policy.segments import Bucket, Segments
 from policy.varlen import runs_varlen, varlen_attention
 
-# Queries of one block, about. 64 was best of 64, 128, 256 for lengths of 100 to 2,048.
-BLOCK = 64
+# Queries of one block, about: 64 does no more work beyond the diagonal than it must for lengths of 100 to 2,048. From
+# LONG tokens on that is little anyway, and blocks of 128 make fewer and better products.
+BLOCK, LONG_BLOCK, LONG = 64, 128, 4096
 # Probabilities that one call may keep for the backward; above, they are computed again. 2^26 take 256 MiB in fp32.
 KEPT_PROBABILITIES = 2**26
-# Probabilities that exist at once when they are not kept, unless one head alone has more.
-LIVE_PROBABILITIES = 2**22
+# Probabilities that exist at once, unless one head alone has more: 1 MiB in fp32, a core's cache. One head at a time
+# is a fifth faster for 8,192 tokens than all four.
+LIVE_PROBABILITIES = 2**18
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,26 @@ class _Block:
     def probabilities(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Softmax over the keys. query, key [S * A, L, D] -> [pairs, stop - start, stop]"""
         q, k = query[self.queries], key[self.keys]
-        scores = q.new_empty(len(q), q.shape[1], k.shape[1]).baddbmm_(q, k.transpose(1, 2), beta=0, alpha=scale)
-        width = self.stop - self.start
-        future = torch.ones(width, width, dtype=torch.bool, device=query.device).triu_(1)
-        scores[:, :, self.start :].masked_fill_(future, float("-inf"))
+        scores = _product(q, k.transpose(1, 2), scale)
+        scores[:, :, self.start :].add_(_future(self.stop - self.start, scores.dtype))
         return torch.softmax(scores, dim=-1)
+
+
+@functools.lru_cache(maxsize=2 * BLOCK)
+def _future(width: int, dtype: torch.dtype) -> Tensor:
+    """-inf where a key comes after the query, else 0; adding is three times as fast as filling. [width, width]"""
+    return torch.full((width, width), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale * left @ right, in one pass over the result."""
+    return left.new_empty(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right, beta=0, alpha=scale)
 
 
 def _blocks(bucket: Bucket, heads: int) -> list[_Block]:
     """The last block of a head first: it meets all keys, so that the gradients of keys and values start with it."""
     longest = bucket.lengths[0]
-    count = max(1, round(longest / BLOCK))
+    count = max(1, round(longest / (BLOCK if longest < LONG else LONG_BLOCK)))
     bounds = [longest * i // count for i in range(count + 1)]
     blocks = []
     for start, stop in reversed(list(pairwise(bounds))):
@@ -149,7 +161,7 @@ class _BlockedAttention(torch.autograd.Function):
             blocks = _blocks(bucket, heads)
             kept += sum(block.size for block in blocks)
             keep = learning and kept <= KEPT_PROBABILITIES
-            result = v.new_empty(v.shape)
+            result = bucket.room(out)
             if learning:
                 saved += [q, k]
             for block in blocks:
@@ -157,7 +169,7 @@ class _BlockedAttention(torch.autograd.Function):
                 result[block.queries] = torch.bmm(p, v[block.keys])
                 if keep:
                     saved.append(p)
-            out[here] = bucket.put_back(result, heads)
+            bucket.settle(result, out)
             ctx.keep.append(keep)
         ctx.save_for_backward(key_value, turns, *saved)
         return out
@@ -167,6 +179,7 @@ class _BlockedAttention(torch.autograd.Function):
         key_value, turns, *rest = ctx.saved_tensors
         saved = iter(rest)
         heads, plain = ctx.shape
+        back = turns.conj().resolve_conj()
         grad_kv = torch.empty_like(key_value, memory_format=torch.contiguous_format)
         grad_query = grad_shared = None
         for bucket, keep in zip(ctx.buckets, ctx.keep, strict=True):
@@ -176,7 +189,7 @@ class _BlockedAttention(torch.autograd.Function):
                 grad_query = q.new_empty(len(key_value), heads, q.shape[-1])
                 grad_shared = q.new_empty(len(key_value), q.shape[-1] - plain)
             g = bucket.lay_out(grad[here], zero_padding=True)
-            dq, dk, dv = q.new_empty(q.shape), _Total(k), _Total(v)
+            dq, dk, dv = bucket.room(grad_query), _Total(k), _Total(v)
             for block in _blocks(bucket, heads):
                 p = next(saved) if keep else block.probabilities(q, k, ctx.scale)
                 block_g = g[block.queries]
@@ -184,14 +197,15 @@ class _BlockedAttention(torch.autograd.Function):
                 dp = torch.bmm(block_g, v[block.keys].transpose(1, 2))
                 # Backward of the softmax: p * (dp - sum(p * dp)), one fused kernel.
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-                dq[block.queries] = torch.bmm(ds, k[block.keys])
+                dq[block.queries] = _product(ds, k[block.keys], ctx.scale)
                 dk.add(block, ds.transpose(1, 2), q[block.queries], ctx.scale)
-            back = turns[here].conj()
-            dq, dk = bucket.put_back(dq.mul_(ctx.scale), heads), bucket.put_back(dk.value, heads)
-            _turned(dq, plain, back[:, None], grad_query[here])
-            grad_kv[here, :, :plain] = dk[..., :plain]
+            bucket.settle(dq, grad_query)
+            turned = grad_query[here, :, plain:]
+            turned.copy_(rotate(turned, back[here, None]))
+            key = bucket.put_back(dk.value, heads)
+            grad_kv[here, :, :plain] = key[..., :plain]
             grad_kv[here, :, plain:] = bucket.put_back(dv.value, heads)
-            _turned(dk[..., plain:].sum(1), 0, back, grad_shared[here])
+            grad_shared[here] = rotate(key[..., plain:].sum(1), back[here])
         assert grad_query is not None and grad_shared is not None
         return grad_query, grad_kv, grad_shared, None, None, None
 
@@ -211,7 +225,7 @@ class _Total:
     def add(self, block: _Block, left: Tensor, right: Tensor, scale: float) -> None:
         """Adds scale * left @ right to the rows of the block's keys. A product first and a sum then: adding into rows
         that do not lie together would run one small product after the other."""
-        part = left.new_empty(left.shape[0], left.shape[1], right.shape[2]).baddbmm_(left, right, beta=0, alpha=scale)
+        part = _product(left, right, scale)
         if self._value is None:
             if part.shape == self._like.shape:
                 self._value = part
@@ -224,14 +238,8 @@ def _rotated(query: Tensor, key_value: Tensor, shared_key: Tensor, turns: Tensor
     """Queries and keys with their rotated columns in place. [n, A, D] each"""
     plain = query.shape[-1] - shared_key.shape[-1]
     q, k = query.new_empty(query.shape), query.new_empty(query.shape)
-    _turned(query, plain, turns[:, None], q)
+    q[..., :plain] = query[..., :plain]
+    q[..., plain:] = rotate(query[..., plain:], turns[:, None])
     k[..., :plain] = key_value[..., :plain]
     k[..., plain:] = rotate(shared_key, turns)[:, None]
     return q, k
-
-
-def _turned(x: Tensor, plain: int, turns: Tensor, out: Tensor) -> None:
-    """Writes x with all columns from ``plain`` on turned (``policy.rope.rotate``) into ``out``. x, out [..., D]"""
-    if plain:
-        out[..., :plain] = x[..., :plain]
-    out[..., plain:] = rotate(x[..., plain:], turns)

@@ -6,7 +6,7 @@ A checkpoint folder::
         model/          a Hugging Face folder (config, safetensors, tokenizer), which vLLM serves as it is
         state/          the learner's state: weights (fp32 masters), moments, schedule, counters, random numbers
         extra.json      what the caller wants back (cursor, step, ...)
-        complete.json   name and size of every file above; written last
+        complete.json   every file above with its size and checksum; written last
 
 It is written beside its place under a hidden name, flushed to the disk, and renamed when every rank has written its
 part: a kill or a full disk leaves the earlier checkpoints as they were, and at most a hidden leftover, which the next
@@ -29,6 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policy.config import ModelConfig
 from policy.errors import one_line
+from policy.lora import has_adapters
+from policy.manifest import adapters_of, checksums, incomplete, verify, write_manifest
 from policy.model_folder import ModelWriter
 from policy.parallel import sharded
 from policy.state import (
@@ -49,7 +51,7 @@ __all__ = ["CheckpointError", "Peers", "Snapshot", "checkpoints", "latest_checkp
            "save_checkpoint", "save_model"]  # fmt: skip
 
 _STEP = re.compile(r"(?:\.replaced-)?step-(\d{6,})")
-_STATE, _EXTRA, _MANIFEST = "state", "extra.json", "complete.json"
+_STATE, _EXTRA = "state", "extra.json"
 _MODEL, _MOMENTS = "model.", "optimizer.moments."
 
 
@@ -129,6 +131,7 @@ class Snapshot:
     ) -> None:
         self._extra = json.dumps(dict(extra), indent=1, sort_keys=True)
         self._model = ModelWriter(learner.model, tokenizer, source)
+        self._adapters = _adapters(learner.model)
         flat = flatten(learner.state_dict())
         self._bytes = total_bytes(flat) + self._model.bytes
         self._state = stage(flat) if copy else flat
@@ -145,9 +148,10 @@ class Snapshot:
             raise ValueError(f"a checkpoint folder is named step-NNNNNN, got {folder.name!r}")
         with torch.no_grad(), whole_folder(folder, self._bytes, peers) as partial:
             write_state(self._state, partial / _STATE, peers.group)
-            peers.on_first(lambda: self._finish(partial, peers))
+            known = peers.gathered(lambda rank: checksums(partial, _parts_of(rank, partial)))
+            peers.on_first(lambda: self._finish(partial, peers, known))
 
-    def _finish(self, partial: Path, peers: Peers) -> None:
+    def _finish(self, partial: Path, peers: Peers, known: Mapping[str, str]) -> None:
         """The rest, when all ranks have written their parts of the state."""
         tensors: Mapping[str, Tensor] = SavedTensors(partial / _STATE, _MODEL)
         if peers.group is None:  # they are all here
@@ -155,8 +159,7 @@ class Snapshot:
         tensors = self._model.stored(tensors)
         self._model.write(partial / "model", self._model.tensors(tensors), self._model.adapters(tensors))
         (partial / _EXTRA).write_text(self._extra)
-        files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        write_manifest(partial, known, self._adapters)
 
 
 def save_checkpoint(
@@ -187,13 +190,13 @@ def load_checkpoint(folder: Path, learner: Stateful) -> dict[str, Any]:
     """Takes a learner to the moment of a checkpoint, whatever the layout that wrote it; returns ``extra``.
 
     The learner has the model's architecture, as ``load_policy`` makes it from the recipe or from ``folder/model``; what
-    it knows besides is replaced. Each rank reads its parts by itself.
+    it knows besides is replaced. Each rank reads its parts by itself, and the whole state once for its checksums.
 
     Raises:
-        CheckpointError: the checkpoint is not there, incomplete, unreadable or of another model.
+        CheckpointError: the checkpoint is not there, incomplete, damaged or of another model.
     """
     folder = Path(folder)
-    problem = _incomplete(folder)
+    problem = incomplete(folder)
     if problem:
         raise CheckpointError(f"{folder} is not a complete checkpoint ({problem}): resume from an earlier one")
     if not (folder / _STATE).is_dir():
@@ -201,8 +204,12 @@ def load_checkpoint(folder: Path, learner: Stateful) -> dict[str, Any]:
             f"{folder} was written by an earlier version (learner.pt), which this one does not read: begin anew from "
             f"{folder / 'model'}"
         )
+    verify(folder, _STATE, _EXTRA)  # first: damaged pickles are not opened
     try:
         extra = json.loads((folder / _EXTRA).read_text())
+        if not isinstance(extra, dict):
+            raise DamagedState(f"{_EXTRA} holds no names and values")
+        _check_adapters(adapters_of(folder), _adapters(learner.model))
         stored = stored_tensors(folder / _STATE)
         learner.prepare_moments(_with_moments(stored, learner.state_dict()["model"]))
         tree = learner.state_dict()
@@ -258,6 +265,37 @@ def _raise(failure: Exception | None) -> None:
         raise failure
 
 
+def _parts_of(rank: int, folder: Path) -> list[str]:
+    """The files of the state that a rank wrote."""
+    return [str(path.relative_to(folder)) for path in (folder / _STATE).glob(f"__{rank}_*")]
+
+
+def _adapters(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What scales and places a model's adapters, beside their shapes; None of a model without."""
+    if not has_adapters(model):
+        return None
+    [config] = model.__dict__["peft_config"].values()
+    beside = config.target_parameters or ()  # stacked experts, and layers that PEFT would take for those
+    experts = {name for name in beside if name.startswith("experts.")}
+    return {
+        "rank": config.r,
+        "alpha": float(config.lora_alpha),
+        "targets": sorted({*config.target_modules, *(name.removesuffix(".weight") for name in beside)} - experts),
+        "experts": bool(experts),
+    }
+
+
+def _check_adapters(stored: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> None:
+    if stored == own:
+        return
+    if stored is None or own is None:
+        name, old, new = "adapters", *("none" if each is None else "some" for each in (stored, own))
+    else:
+        name = next(key for key in own if stored.get(key) != own[key])
+        old, new = stored.get(name), own[name]
+    raise StateError(f"set model.lora to what it was written with ({name}: {old} there, {new} here)")
+
+
 def _with_moments(keys: Iterable[str], names: Collection[str]) -> set[str]:
     """The parameters among ``names`` of which moments are stored."""
     found = set()
@@ -286,7 +324,7 @@ def _entries(parent: Path) -> list[Path]:
 
 
 def _complete(parent: Path) -> list[Path]:
-    return [p for p in _entries(parent) if _STEP.fullmatch(p.name) and not _incomplete(p)]
+    return [p for p in _entries(parent) if _STEP.fullmatch(p.name) and not incomplete(p)]
 
 
 def _age(folder: Path) -> tuple[int, bool]:
@@ -297,18 +335,3 @@ def _age(folder: Path) -> tuple[int, bool]:
 
 def _is_leftover(path: Path) -> bool:
     return path.name.startswith((PARTIAL + "step-", REPLACED + "step-", PARTIAL + "replaced-step-"))
-
-
-def _incomplete(folder: Path) -> str:
-    """What is wrong with a checkpoint folder; empty when it is complete."""
-    try:
-        files = json.loads((folder / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return f"no readable {_MANIFEST}"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 
@@ -35,7 +36,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"rank must be >= 1, got {self.rank}")
-        _require(self.alpha > 0, f"alpha must be > 0, got {self.alpha}")
+        _require(0 < self.alpha < inf, f"alpha must be > 0 and finite, got {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class AdvantageConfig:
 
     def __post_init__(self) -> None:
         _require(self.scale in ("group", "batch", "none"), f"scale must be group, batch or none, got {self.scale!r}")
-        _require(self.epsilon >= 0, f"epsilon must be >= 0, got {self.epsilon}")
+        _require(0 <= self.epsilon < inf, f"epsilon must be >= 0 and finite, got {self.epsilon}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +113,17 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.clip_low <= 1, f"clip_low must be in [0, 1], got {self.clip_low}")
-        _require(self.clip_high >= 0, f"clip_high must be >= 0, got {self.clip_high}")
+        _require(0 <= self.clip_high < inf, f"clip_high must be >= 0 and finite, got {self.clip_high}")
         _require(
             self.aggregation in ("token", "sequence", "constant"),
             f"aggregation must be token, sequence or constant, got {self.aggregation!r}",
         )
         _require(self.constant_length >= 0, f"constant_length must be >= 0, got {self.constant_length}")
-        _require(self.kl_coef >= 0, f"kl_coef must be >= 0, got {self.kl_coef}")
+        _require(0 <= self.kl_coef < inf, f"kl_coef must be >= 0 and finite, got {self.kl_coef}")
         _require(self.kl_form in ("k3", "unbiased"), f"kl_form must be k3 or unbiased, got {self.kl_form!r}")
         _require(
-            self.importance_cap is None or self.importance_cap > 0,
-            f"importance_cap must be > 0 or null, got {self.importance_cap}",
+            self.importance_cap is None or 0 < self.importance_cap < inf,
+            f"importance_cap must be > 0 and finite, or null, got {self.importance_cap}",
         )
 
 
@@ -137,8 +138,8 @@ class OptimizerConfig:
         warmup_steps: linear warm-up, optimizer steps.
         betas, eps, weight_decay: AdamW's (decay on matrices only).
         max_grad_norm: global gradient norm is clipped here, > 0; null never clips.
-        kind: ``adamw`` (fused), or ``adamw8bit`` (torchao's, moments in 8 bits).
-        offload: keep moments and fp32 masters in the CPU's memory, and update there (torchao's).
+        kind: ``adamw`` (fused), or ``adamw8bit`` (torchao's, moments in 8 bits; one rank).
+        offload: keep moments and fp32 masters in the CPU's memory, and update there (one rank, on a GPU).
     """
 
     lr: float = 1e-6
@@ -154,19 +155,19 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.kind in ("adamw", "adamw8bit"), f"kind must be adamw or adamw8bit, got {self.kind!r}")
-        _require(self.lr > 0, f"lr must be > 0, got {self.lr}")
+        _require(0 < self.lr < inf, f"lr must be > 0 and finite, got {self.lr}")
         _require(
             self.schedule in ("constant", "linear", "cosine"),
             f"schedule must be constant, linear or cosine, got {self.schedule!r}",
         )
         _require(0 <= self.min_lr_ratio <= 1, f"min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
         _require(self.warmup_steps >= 0, f"warmup_steps must be >= 0, got {self.warmup_steps}")
-        _require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
+        _require(0 <= self.weight_decay < inf, f"weight_decay must be >= 0 and finite, got {self.weight_decay}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"betas must be in [0, 1), got {self.betas}")
-        _require(self.eps > 0, f"eps must be > 0, got {self.eps}")
+        _require(0 < self.eps < inf, f"eps must be > 0 and finite, got {self.eps}")
         _require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"max_grad_norm must be > 0 or null, got {self.max_grad_norm}",
+            self.max_grad_norm is None or 0 < self.max_grad_norm < inf,
+            f"max_grad_norm must be > 0 and finite, or null (never clips), got {self.max_grad_norm}",
         )
 
 
@@ -190,8 +191,8 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         _require(self.bias in ("frozen", "update"), f"bias must be frozen or update, got {self.bias!r}")
-        _require(self.bias_rate > 0, f"bias_rate must be > 0, got {self.bias_rate}")
-        _require(self.balance_coef >= 0, f"balance_coef must be >= 0, got {self.balance_coef}")
+        _require(0 < self.bias_rate < inf, f"bias_rate must be > 0 and finite, got {self.bias_rate}")
+        _require(0 <= self.balance_coef < inf, f"balance_coef must be >= 0 and finite, got {self.balance_coef}")
 
 
 @dataclass(frozen=True, kw_only=True)

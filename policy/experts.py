@@ -81,8 +81,9 @@ def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
 class _RoutedMlp(torch.autograd.Function):
     """Sum over k of gate[n, k] * down_e(silu(gate_e(x)) * up_e(x)) with e = experts[n, k], expert by expert.
 
-    One node instead of a graph per expert: an expert's rows stay in the cache, its weight gradients are written in
-    place, and nothing is summed in an order that depends on threads. Gates weigh the I inner columns, not the H outer.
+    One node instead of a graph per expert: an expert's rows stay in the cache and are not kept, its weight gradients
+    are written in place, and nothing is summed in an order that depends on threads. Gates weigh the I inner columns,
+    not the H outer.
     """
 
     @staticmethod
@@ -90,33 +91,33 @@ class _RoutedMlp(torch.autograd.Function):
         ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, dispatch: Dispatch
     ) -> Tensor:
         weight = torch.empty_like(gates).flatten().scatter_(0, dispatch.place, gates.flatten())
-        rows = x.index_select(0, dispatch.token)
-        projected = x.new_empty(len(rows), gate_up.shape[1])
-        out = torch.empty_like(rows)
+        projected = x.new_empty(len(dispatch.token), gate_up.shape[1])
+        out = x.new_empty(len(dispatch.token), x.shape[1])
         for e, part in dispatch.slices():
-            gate, up = _product(rows[part], gate_up[e].T, projected[part]).chunk(2, dim=-1)
+            rows = x.index_select(0, dispatch.token[part])
+            gate, up = _product(rows, gate_up[e].T, projected[part]).chunk(2, dim=-1)
             inner = F.silu(gate).mul_(up).mul_(weight[part, None])
             _product(inner, down[e].T, out[part])
-        ctx.save_for_backward(rows, projected, weight, gate_up, down)
+        ctx.save_for_backward(x, projected, weight, gate_up, down)
         ctx.dispatch, ctx.gate_shape = dispatch, gates.shape
         return dispatch.combine(out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, projected, weight, gate_up, down = ctx.saved_tensors
+        x, projected, weight, gate_up, down = ctx.saved_tensors
         dispatch: Dispatch = ctx.dispatch
-        grad_out = grad.index_select(0, dispatch.token)
-        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        grad_rows, grad_weight = x.new_empty(len(dispatch.token), x.shape[1]), torch.empty_like(weight)
         grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
         for e, part in dispatch.slices():
-            pulled = _product(grad_out[part], down[e], grad_out.new_empty(part.stop - part.start, down.shape[2]))
+            grad_out = grad.index_select(0, dispatch.token[part])
+            pulled = _product(grad_out, down[e], grad_out.new_empty(len(grad_out), down.shape[2]))
             activated, both = gated_gradient(projected[part], pulled * weight[part, None])
             torch.sum(pulled.mul_(activated), dim=-1, out=grad_weight[part])
             if ctx.needs_input_grad[3]:  # not when only adapters train
-                torch.mm(grad_out[part].T, activated.mul_(weight[part, None]), out=grad_down[e])
+                torch.mm(grad_out.T, activated.mul_(weight[part, None]), out=grad_down[e])
             _product(both, gate_up[e], grad_rows[part])
             if ctx.needs_input_grad[2]:
-                torch.mm(both.T, rows[part], out=grad_gate_up[e])
+                torch.mm(both.T, x.index_select(0, dispatch.token[part]), out=grad_gate_up[e])
         grad_gates = grad_weight[dispatch.place].view(ctx.gate_shape)
         return dispatch.combine(grad_rows), grad_gates, grad_gate_up, grad_down, None
 

@@ -17,6 +17,7 @@ from policy.shards import Shards, Stored
 
 SCALE_SUFFIX = "_scale_inv"
 FP8 = torch.float8_e4m3fn
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)  # the last holds powers of two
 
 Block = tuple[int, int]
 
@@ -36,7 +37,9 @@ def block_of(quantization: Mapping[str, Any] | None) -> Block | None:
             f"its weights are quantised (quant_method {method!r}, fmt {kind!r}, weight_block_size {block}): only fp8 "
             "e4m3 in blocks (weight_scale_inv) can be read; take the checkpoint in bfloat16"
         )
-    return int(block[0]), int(block[1])
+    if any(type(size) is not int or size < 1 for size in block):
+        raise ValueError(f"quantization_config.weight_block_size must be two whole numbers >= 1, got {list(block)}")
+    return block[0], block[1]
 
 
 def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
@@ -70,10 +73,35 @@ def _check_scale(name: str, weight: Stored, scale: Stored, block: Block) -> None
     if len(weight.shape) != 2:
         raise ValueError(f"{name} is stored in FP8 and is no matrix: its shape is {list(weight.shape)}")
     expected = scale_shape(weight.shape, block)
-    if scale.shape != expected or not scale.dtype.is_floating_point:
+    if scale.shape != expected or scale.dtype not in _SCALE_DTYPES:
         raise ValueError(
             f"{name} {list(weight.shape)} has scales of shape {list(scale.shape)} in {scale.dtype}: blocks of "
-            f"{block[0]} x {block[1]} need {list(expected)} in float32"
+            f"{block[0]} x {block[1]} need {list(expected)} in float32 or bfloat16"
+        )
+
+
+def check_scales(name: str, scale: Tensor, weight: Tensor, block: Block) -> None:
+    """Looks at the values of scales: a block's scale is positive, or zero over a block of zeros.
+
+    Args:
+        name: of the scales.
+        scale: [ceil(R / block rows), ceil(C / block columns)]
+        weight: e4m3. [R, C]
+        block: rows and columns of a block.
+
+    Raises:
+        ValueError: a scale that is negative, not finite, or zero over weights that are not.
+    """
+    wide = scale.float()
+    bad = ~(wide.isfinite() & (wide >= 0))
+    for row, column in (wide == 0).nonzero().tolist():
+        rows = slice(row * block[0], (row + 1) * block[0])
+        bad[row, column] = bool(weight[rows, column * block[1] : (column + 1) * block[1]].float().any())
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{row}, {column}] is {float(wide[row, column])}: a scale must be a positive, finite number; is the "
+            "folder whole?"
         )
 
 

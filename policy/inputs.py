@@ -111,11 +111,15 @@ def _lengths_by_position(position_ids: Tensor) -> list[int]:
     return [b - a for a, b in pairwise(bounds)]
 
 
-def check_routed_experts(given: Sequence[Tensor] | None, config: DeepseekV3Config, tokens: int) -> list[Tensor] | None:
-    """The given choice of experts as one int64 [tokens, K] per MoE layer.
+def check_routed_experts(
+    given: Sequence[Tensor] | None, config: DeepseekV3Config, tokens: int, kept: Tensor | None = None
+) -> list[Tensor] | None:
+    """The given choice of experts as one int64 [tokens, K] per MoE layer; of ``kept`` tokens only, where given (padding
+    may hold anything).
 
     Raises:
-        ValueError: a wrong number of layers, a wrong shape, or an expert that does not exist.
+        ValueError: a wrong number of layers, a wrong shape, ids that are no integers, an expert that does not exist, or
+            one that a token is sent to twice.
     """
     if given is None:
         return None
@@ -128,9 +132,20 @@ def check_routed_experts(given: Sequence[Tensor] | None, config: DeepseekV3Confi
     for i, choice in enumerate(given):
         if choice.numel() != shape[0] * shape[1] or choice.shape[-1] != shape[1]:
             raise ValueError(f"routed_experts[{i}] has shape {tuple(choice.shape)}, expected {shape}")
+        if choice.dtype == torch.bool or choice.is_floating_point() or choice.is_complex():
+            raise ValueError(f"routed_experts[{i}] holds {choice.dtype}: experts are numbered by integers")
+        choice = choice.reshape(shape).to(torch.int64)
+        choice = choice if kept is None else choice[kept]
         if int(choice.min()) < 0 or int(choice.max()) >= config.n_routed_experts:
             raise ValueError(f"routed_experts[{i}] names experts outside 0..{config.n_routed_experts - 1}")
-        out.append(choice.reshape(shape).to(torch.int64))
+        ordered = choice.sort(dim=1).values
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            token = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"routed_experts[{i}] sends token {token} to an expert twice ({choice[token].tolist()}): no router "
+                "does; draw the rollout again"
+            )
+        out.append(choice)
     return out
 
 

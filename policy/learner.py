@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from policy.batch import MicroBatch, Sample, pack_fill
+from policy.allocator import keep_freed_memory
+from policy.batch import MicroBatch, Sample, check_token_ids, pack_fill
 from policy.config import LearnerConfig, LossConfig, OptimizerConfig, RouterConfig
 from policy.errors import NonFiniteError
 from policy.guards import BadUpdate, Guard, Watch
@@ -72,6 +73,7 @@ class Learner:
                 f"loss.kl_coef is {loss.kl_coef} but the learner has no reference policy: pass one, or set it to 0"
             )
         torch.set_num_threads(config.threads or _cores())
+        keep_freed_memory()
         self.model = model
         self._loss, self._config, self._ranks = loss, config, ranks or Ranks.alone()
         self._router = router or RouterConfig()
@@ -134,6 +136,7 @@ class Learner:
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0 to learn from samples, got {temperature}")
         self._check_replay(samples)
+        self._check_tokens(samples)
         length = self._loss.constant_length or constant_length
         if length < 1:
             raise ValueError(f"constant_length must be >= 1, got {length}")
@@ -164,6 +167,7 @@ class Learner:
         Raises:
             NonFiniteError: as :meth:`step`.
         """
+        self._check_tokens(samples)
         self._guard.begin()
         if not samples:
             return self._skipped(self._optimizer.position + 1)
@@ -188,6 +192,7 @@ class Learner:
             temperature, constant_length: as in :meth:`step`.
         """
         self._check_replay(samples)
+        self._check_tokens(samples)
         micros = self._pack(samples)
         denominators = Denominators.of(micros, self._loss.constant_length or constant_length)
         watch = Watch(len(samples), len(micros))
@@ -246,6 +251,9 @@ class Learner:
 
     def _pack(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return pack_for(self._ranks, samples, self._config.micro_batch_tokens, padded=self._scorer.pads)
+
+    def _check_tokens(self, samples: Sequence[Sample]) -> None:
+        check_token_ids(samples, self.model.config.get_text_config().vocab_size)
 
     def _check_replay(self, samples: Sequence[Sample]) -> None:
         missing = sum(sample.routed_experts is None for sample in samples)

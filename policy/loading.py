@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -24,7 +25,7 @@ from policy.lora import add_adapters, check_targets
 from policy.model import PolicyModel
 from policy.mtp import copy_mtp, mtp_report
 from policy.presets import check_servable, preset_config
-from policy.shards import Shards
+from policy.shards import INDEX, Shards
 from policy.streaming import build, check_weights, stream_model, streams
 from policy.tokenizer import build_tokenizer
 
@@ -93,6 +94,7 @@ def check_model(config: ModelConfig) -> dict[str, Any] | None:
     found = _read_config(source)
     check_servable(found)
     _check_files(Path(source), found)
+    _generation_config(Path(source))
     assert config.path is not None
     _load_tokenizer(config.tokenizer or config.path, "tokenizer" if config.tokenizer else "path")
     report = check_mtp(config) if Path(source).is_dir() else None  # of a hub id only when it is loaded
@@ -134,6 +136,8 @@ def _check_files(folder: Path, config: Any) -> None:
             check_weights(shards, _read_config(str(folder)))
         return
     _refuse_quantised(str(folder), config)
+    if (folder / INDEX).is_file():
+        _shards(folder)  # for what it refuses
     files = sorted(folder.glob("*.safetensors"))
     if not files and not list(folder.glob("*.bin")):
         raise ValueError(f"model.path: {folder} has no weights (*.safetensors); is the folder whole?")
@@ -157,6 +161,11 @@ def _source(name: str, field: str) -> str:
     """A folder that exists, or what may be a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
+        if field == "path" and (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"model.{field}: {name} holds adapters (adapter_config.json), which would be left out: merge them into "
+                "their base with PEFT (merge_and_unload, save_pretrained), or give the base alone"
+            )
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
             raise ValueError(f"model.{field}: {name} has no config.json, so it is not a Hugging Face folder")
         return str(path)
@@ -194,15 +203,22 @@ def _shards(folder: Path) -> Shards:
 def _read_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what transformers raises depends on what is wrong
         mend = "is the folder whole?" if Path(source).is_dir() else "is the name right, and can the hub be reached?"
-        raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); {mend}") from error
+        raise ValueError(f"model.path: cannot load {source} ({_said(error)}); {mend}") from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says; of a field of the wrong type transformers tells the name and the reason on two lines."""
+    return " ".join(str(error).split())[:300] if isinstance(error, StrictDataclassError) else one_line(error)
 
 
 def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     config = _read_config(source)
     if not streams(config):
         _refuse_quantised(source, config)
+        if (Path(source) / INDEX).is_file():
+            _shards(Path(source))  # for what it refuses
         return _load_by_transformers(source, dtype)
     folder = _folder(source)
     with _shards(folder) as shards:
@@ -210,9 +226,20 @@ def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             model = stream_model(shards, config, dtype)
         except OSError as error:
             raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); is the folder whole?") from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    defaults = _generation_config(folder)
+    if defaults is not None:
+        model.generation_config = defaults
     return model
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    """A folder's sampling defaults; None where it has none."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # what transformers raises depends on what is wrong
+        raise ValueError(f"model.path: {folder}: generation_config.json cannot be read ({one_line(error)})") from error
 
 
 def _refuse_quantised(source: str, config: Any) -> None:
@@ -252,7 +279,7 @@ def _load_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
         if _is_code(Path(source)):
             raise code
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what transformers and tokenizers raise depends on what is wrong
         if error is code or "trust_remote_code" in str(error):  # what transformers says of a hub id
             raise code from error
         raise ValueError(

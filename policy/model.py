@@ -140,11 +140,10 @@ class Backbone(nn.Module):
         """Hidden states of rows of tokens, zero where the mask is. See :meth:`PolicyModel.forward`. -> [B, T, H]"""
         refuse_unsupported(kwargs)
         plan = plan_stream(input_ids, attention_mask, position_ids, segment_lengths)
-        experts = check_routed_experts(routed_experts, self.config, input_ids.numel())
+        experts = check_routed_experts(routed_experts, self.config, input_ids.numel(), plan.kept)
         tokens, positions = input_ids.flatten(), plan.positions
         if plan.kept is not None:
             tokens = tokens[plan.kept]
-            experts = None if experts is None else [choice[plan.kept] for choice in experts]
         hidden = self.stream(tokens, positions, plan.lengths, experts).hidden
         if plan.kept is not None:
             hidden = scatter_rows(hidden, plan.kept, input_ids.numel())

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from policy.fp8 import FP8, SCALE_SUFFIX, block_of, dequantise, scale_of
+from policy.fp8 import FP8, SCALE_SUFFIX, block_of, check_scales, dequantise, scale_of
 from policy.shards import INDEX, WEIGHTS, Shards, write_tensors
 
 FILE = "mtp.safetensors"
 _OWN_PREFIX = re.compile(r"^(?:model\.)?mtp\.")
 _LAYER = re.compile(r"^(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
+_JOINTS = ("eh_proj", "enorm", "hnorm")
 _KEPT_WIDE = "e_score_correction_bias"
 
 
@@ -36,6 +37,29 @@ def is_mtp(name: str, config: Any) -> bool:
     return layer is not None and 0 <= int(layer[1]) - text.num_hidden_layers < declared
 
 
+def mtp_names(shards: Shards, config: Any) -> list[str]:
+    """Names of a folder's MTP tensors.
+
+    A number of layers that is too small would turn trained decoder layers into MTP layers; these are told apart by what
+    joins the hidden state to the next token's embedding (``eh_proj``, ``enorm``, ``hnorm``).
+
+    Raises:
+        ValueError: a layer behind the last one lacks these.
+    """
+    names = [name for name in shards if is_mtp(name, config)]
+    prefixes = {match[0] for match in map(_LAYER.match, names) if match}
+    for prefix in sorted(prefixes):
+        lacking = [part for part in _JOINTS if f"{prefix}{part}.weight" not in shards]
+        if lacking:
+            layers = config.get_text_config().num_hidden_layers
+            raise ValueError(
+                f"model.path: {shards.folder}: {prefix.rstrip('.')} is taken for multi-token prediction but has no "
+                f"{', '.join(lacking)}: layers from {layers} on are ordinary decoder layers; set num_hidden_layers in "
+                "config.json"
+            )
+    return names
+
+
 def mtp_report(shards: Shards, config: Any, choice: str) -> dict[str, Any] | None:
     """What becomes of a folder's MTP weights, in numbers, for the run's events; None when there are none.
 
@@ -47,7 +71,7 @@ def mtp_report(shards: Shards, config: Any, choice: str) -> dict[str, Any] | Non
     Raises:
         ValueError: they are to be kept and there are none.
     """
-    names = [name for name in shards if is_mtp(name, config)]
+    names = mtp_names(shards, config)
     if not names and choice == "keep":
         raise ValueError(
             f"model.mtp is keep, but {shards.folder} has no multi-token-prediction weights: set it to drop"
@@ -89,7 +113,7 @@ def copy_mtp(source: Path, folder: Path) -> int:
     config = json.loads(path.read_text())
     dtype = getattr(torch, config["dtype"])
     with Shards(source) as shards:
-        names = [name for name in shards if is_mtp(name, origin)]
+        names = mtp_names(shards, origin)
         if not names:
             raise ValueError(f"{source} has no multi-token-prediction weights to keep: set model.mtp to drop")
         block = block_of(getattr(origin, "quantization_config", None))
@@ -102,7 +126,9 @@ def copy_mtp(source: Path, folder: Path) -> int:
                 tensor, scale = shards.read(name), scales[name]
                 if scale is not None:
                     assert block is not None
-                    tensor = dequantise(tensor, shards.read(scale), block, dtype)
+                    factors = shards.read(scale)
+                    check_scales(scale, factors, tensor, block)
+                    tensor = dequantise(tensor, factors, block, dtype)
                 yield tensor.to(_dtype_of(name, dtype))
 
         layout = [(name, _dtype_of(name, dtype), shards[name].shape) for name in kept]

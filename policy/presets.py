@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -200,10 +201,14 @@ def check_supported(config: DeepseekV3Config) -> None:
     Raises:
         ValueError: names the field and the mend.
     """
-    rope_parameters(config)
-    experts, groups, top_groups = config.n_routed_experts, config.n_group or 1, config.topk_group or 1
+    _check_rope(rope_parameters(config))
+    experts, scaling = config.n_routed_experts, config.routed_scaling_factor
+    groups, top_groups = (1 if n is None else n for n in (config.n_group, config.topk_group))
+    if groups < 1:
+        raise ValueError(f"n_group must be >= 1, got {groups}")
     top_k, per_group = config.num_experts_per_tok or 0, experts // groups
     rules = (
+        (_positive(scaling), f"routed_scaling_factor must be a finite number > 0, got {scaling!r}"),
         (config.num_hidden_layers > 0, f"num_hidden_layers must be >= 1, got {config.num_hidden_layers}"),
         (_says(config, "scoring_func", "sigmoid"), f"scoring_func must be sigmoid, got {_of(config, 'scoring_func')}"),
         (_says(config, "topk_method", "noaux_tc"), f"topk_method must be noaux_tc, got {_of(config, 'topk_method')}"),
@@ -228,6 +233,18 @@ def check_supported(config: DeepseekV3Config) -> None:
     for holds, message in rules:
         if not holds:
             raise ValueError(message)
+
+
+def _check_rope(parameters: Mapping[str, Any]) -> None:
+    """Numbers of RoPE that are none, which fail deep in the model."""
+    names = ["rope_theta"] + (["factor", "original_max_position_embeddings"] if "factor" in parameters else [])
+    for name in names:
+        if parameters.get(name) is not None and not _positive(parameters[name]):
+            raise ValueError(f"rope_parameters.{name} must be a finite number > 0, got {parameters[name]!r}")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _of(config: DeepseekV3Config, field: str) -> Any:

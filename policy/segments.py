@@ -109,6 +109,20 @@ class Bucket:
         rows = x.reshape(-1, x.shape[-1]).index_select(0, self.in_stream)
         return rows.view(-1, heads, x.shape[-1])
 
+    def room(self, stream: Tensor) -> Tensor:
+        """Where to write what belongs into ``stream`` [N, A, D], heads apart; :meth:`settle` puts it there.
+
+        One sequence is written in its place at once. [S * A, L, D]
+        """
+        if len(self.lengths) == 1:
+            return stream[self.tokens].transpose(0, 1)
+        return stream.new_empty(len(self.lengths) * stream.shape[1], self.lengths[0], stream.shape[2])
+
+    def settle(self, room: Tensor, stream: Tensor) -> None:
+        """Ends what :meth:`room` began."""
+        if len(self.lengths) > 1:
+            stream[self.tokens] = self.put_back(room, stream.shape[1])
+
 
 @dataclass(frozen=True)
 class Segments:

@@ -70,8 +70,8 @@ class Shards(Mapping[str, Stored]):
         folder: a Hugging Face folder.
 
     Raises:
-        ValueError: no weights, a file that the index names is missing, cut off or no safetensors file, or a tensor
-            lies in two of them.
+        ValueError: no weights, a file that the index names is missing, cut off or no safetensors file, a tensor lies
+            in two of them or not where the index says, or a model.safetensors lies there that the index does not name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,6 +82,9 @@ class Shards(Mapping[str, Stored]):
                 if name in self._stored:
                     raise ValueError(f"{name} lies both in {self._stored[name].file.name} and in {file.name}")
                 self._stored[name] = stored
+        for name, place in _index(folder).items():
+            if name not in self._stored or self._stored[name].file.name != Path(place).name:
+                raise ValueError(f"{INDEX} says that {name} lies in {place}, and it does not")
         self._open: tuple[Path, BinaryIO] | None = None
 
     def __getitem__(self, name: str) -> Stored:
@@ -189,21 +192,33 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model of a folder.
 
     Raises:
-        ValueError: there are none, or one that the index names is missing.
+        ValueError: there are none, one that the index names is missing, or there is another model beside the index.
     """
-    index = folder / INDEX
-    if not index.is_file():
+    if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"{folder} has no weights ({WEIGHTS} or {INDEX})")
         return [folder / WEIGHTS]
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files") from error
+    names = sorted(set(_index(folder).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise ValueError(f"{len(missing)} of {len(names)} weight files are missing, e.g. {', '.join(missing[:1])}")
+    if WEIGHTS not in names and (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has {WEIGHTS} beside {INDEX}, which names other files: take the wrong one out")
     return [folder / name for name in names]
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """File of every tensor that a folder's index names; empty where it has none."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        if not all(isinstance(place, str) for place in places.values()):
+            raise TypeError("a file's name must be text")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not an index of safetensors files") from error
+    return places
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -223,17 +238,25 @@ def _header(file: Path) -> dict[str, Stored]:
             header: dict[str, Any] = json.loads(source.read(length))
         header.pop("__metadata__", None)
         found = {name: _stored(file, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is cut off or no safetensors file ({error})") from error
     end = max((stored.start + stored.size for stored in found.values()), default=8 + length)
     if end != size:
         raise ValueError(f"{file} is cut off or damaged: its header speaks of {end} bytes, it has {size}")
+    reached = 8 + length
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
+        if stored.start != reached:  # the format allows neither: what lies there would be read twice, or never
+            kind = "leaves bytes out before" if stored.start > reached else "lets others overlap with"
+            raise ValueError(f"{file} is damaged: its header {kind} {name}")
+        reached += stored.size
     return found
 
 
 def _stored(file: Path, base: int, entry: Mapping[str, Any]) -> Stored:
     begin, end = entry["data_offsets"]
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+    if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise ValueError(f"shape {list(shape)} at {[begin, end]}: whole numbers >= 0 are wanted")
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - begin} bytes for a {entry['dtype']} of shape {list(shape)}")
     return Stored(file, dtype, shape, base + begin, end - begin)

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from policy.fp8 import Block, block_of, dequantise_into, scale_of
+from policy.errors import one_line
+from policy.fp8 import Block, block_of, check_scales, dequantise_into, scale_of
 from policy.model import PolicyModel, stored_form
-from policy.mtp import is_mtp
+from policy.mtp import mtp_names
 from policy.shards import Shards
 
 # Tables of rotary angles, which old checkpoints hold and every model computes for itself.
@@ -72,9 +73,9 @@ def stream_model(shards: Shards, config: Any, dtype: torch.dtype) -> PreTrainedM
         OSError: a file cannot be read.
     """
     block = _block(shards, config)
-    mtp = [name for name in shards if is_mtp(name, config)]
+    mtp = mtp_names(shards, config)
     with init.no_init_weights():
-        model = build(config, dtype)
+        model = _build(shards, config, dtype)
     moves = {move.name: move for move in plan(model, shards, block, mtp)}
     with torch.no_grad():
         for name in shards.in_file_order(moves):
@@ -83,20 +84,46 @@ def stream_model(shards: Shards, config: Any, dtype: torch.dtype) -> PreTrainedM
                 shards.read_into(name, move.place)
             else:
                 assert block is not None
-                dequantise_into(move.place, shards.read(name), shards.read(move.scale), block)
+                weight, scale = shards.read(name), shards.read(move.scale)
+                _check_scales(shards, move.scale, scale, weight, block)
+                dequantise_into(move.place, weight, scale, block)
     return model.eval()
 
 
 def check_weights(shards: Shards, config: Any) -> None:
-    """Finds out without reading a tensor whether :func:`stream_model` would fill the model. Changes ``config``.
+    """Finds out whether :func:`stream_model` would fill the model; reads no tensor but FP8 scales. Changes ``config``.
 
     Raises:
         ValueError: see :func:`plan`.
     """
     block = _block(shards, config)
-    mtp = [name for name in shards if is_mtp(name, config)]
+    mtp = mtp_names(shards, config)
     with torch.device("meta"):
-        plan(build(config, torch.float32), shards, block, mtp)
+        moves = plan(_build(shards, config, torch.float32), shards, block, mtp)
+    scaled = {move.scale: move.name for move in moves if move.scale is not None}
+    for name in shards.in_file_order(scaled):
+        scale = shards.read(name)
+        if not bool(((scale.float() > 0) & scale.float().isfinite()).all()):  # only then are weights read
+            assert block is not None
+            _check_scales(shards, name, scale, shards.read(scaled[name]), block)
+
+
+def _build(shards: Shards, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return build(config, dtype)
+    except ValueError:
+        raise
+    except Exception as error:  # torch's many ways to say that there is no such layer, or no room for it
+        raise ValueError(
+            f"model.path: {shards.folder}: no model has the shapes of its config.json ({one_line(error)})"
+        ) from error
+
+
+def _check_scales(shards: Shards, name: str, scale: Tensor, weight: Tensor, block: Block) -> None:
+    try:
+        check_scales(name, scale, weight, block)
+    except ValueError as error:
+        raise ValueError(f"model.path: {shards.folder}: {error}") from error
 
 
 def build(config: Any, dtype: torch.dtype) -> PreTrainedModel:

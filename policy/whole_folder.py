@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -63,6 +64,31 @@ class Peers:
             raise raised
         if failure[0] is not None:
             raise CheckpointError(f"rank 0: {failure[0]}")
+
+    def gathered(self, call: Callable[[int], dict[str, str]]) -> dict[str, str]:
+        """What the calls of all ranks, each with its number, return together.
+
+        Raises:
+            Exception: what it raised here; on the other ranks a CheckpointError that says so.
+        """
+        if self.group is None:
+            return call(0)
+        own: dict[str, str] | str
+        raised: Exception | None = None
+        try:
+            own = call(dist.get_rank(self.group))
+        except Exception as error:  # raised again below: the others wait for word
+            raised, own = error, one_line(error)
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, own, group=self.group)
+        if raised is not None:
+            raise raised
+        together: dict[str, str] = {}
+        for rank, each in enumerate(found):
+            if isinstance(each, str):
+                raise CheckpointError(f"rank {rank}: {each}")
+            together |= each
+        return together
 
 
 @contextmanager

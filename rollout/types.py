@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -139,6 +140,9 @@ def sampling_seed(run_seed: int, step: int, problem_id: str, sample_index: int) 
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
+_PACKED = re.compile(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})x([12]):([A-Za-z0-9+/=]*)")
+
+
 def pack_experts(ids: bytes, shape: tuple[int, int, int], width: int) -> str:
     """Expert ids as one line of text, for a journal: ``<tokens>x<layers>x<K>x<width>:<base64 of zlib>``.
 
@@ -165,15 +169,18 @@ def unpack_experts(text: str) -> tuple[bytes, tuple[int, int, int], int]:
     Raises:
         ValueError: the text was not written by it, or is damaged.
     """
-    head, _, packed = text.partition(":")
+    damaged = ValueError(f"routed_experts {str(text)[:40]!r} is damaged: draw the rollout again")
+    match = _PACKED.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise damaged
+    tokens, layers, top_k, width = map(int, match.groups()[:4])
+    size, reader = tokens * layers * top_k * width, zlib.decompressobj()
     try:
-        tokens, layers, top_k, width = map(int, head.split("x"))
-        ids = zlib.decompress(base64.b64decode(packed, validate=True))
-        whole = len(ids) == tokens * layers * top_k * width and width in (1, 2)
-    except (ValueError, zlib.error):
-        whole = False
-    if not whole:
-        raise ValueError(f"routed_experts {text[:40]!r} is damaged: draw the rollout again")
+        ids = reader.decompress(base64.b64decode(match[5], validate=True), size + 1)  # no more memory than it may take
+    except (ValueError, zlib.error) as error:
+        raise damaged from error
+    if len(ids) != size or not reader.eof or reader.unused_data:
+        raise damaged
     return ids, (tokens, layers, top_k), width
 
 

@@ -12,6 +12,7 @@ Shapes: N tokens of a forward pass, T tokens of a request, L MoE layers, K exper
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,8 @@ from rollout.types import pack_experts
 ASKED = "experts-of:"
 """How the name of a request begins whose experts are kept."""
 
+_log = logging.getLogger(__name__)
+_TORN = -1  # in place of the rows that a request has: some of its tokens were never computed here
 _FIRST_ROWS = 64  # room of a new request; doubled when it is full
 
 
@@ -75,7 +78,7 @@ class RoutingCapture:
                 that was drawn and then dropped) is left out.
 
         Returns:
-            One text per request; None where fewer rows are there than asked for.
+            One text per request; None where fewer rows are there than asked for, or rows between them are lacking.
         """
         texts: list[str | None] = []
         for name, count in asked:
@@ -112,7 +115,16 @@ class RoutingCapture:
             self._store(request.rpartition("-")[0], first, rows)  # vLLM adds a dash and eight characters to a name
 
     def _store(self, name: str, first: int, rows: np.ndarray) -> None:
-        end = first + len(rows)
+        end, filled = first + len(rows), self._filled.get(name, 0)
+        if first > filled:  # a cached prefix, say: what lies between would be whatever the memory held
+            if filled != _TORN:
+                _log.error(
+                    "the experts of request %s are given up: its tokens %d to %d were not computed here (is the prefix "
+                    "cache on?)", name, filled, first - 1,
+                )  # fmt: skip
+            self._rows.pop(name, None)
+            self._filled[name] = _TORN
+            return
         kept = self._rows.get(name)
         if kept is None or end > len(kept):
             room = max(_FIRST_ROWS, end if kept is None else 2 * end)

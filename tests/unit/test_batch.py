@@ -1,12 +1,13 @@
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.batch import MicroBatch, Sample, pack, pack_fill, samples_from_groups
+from policy.batch import MicroBatch, Sample, check_token_ids, pack, pack_fill, samples_from_groups
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup
 
 HAND = Sample(token_ids=(5, 6, 7, 8, 9), prompt_length=2, rollout_logprobs=(-0.1, -0.2, -0.3), advantage=1.5)
@@ -179,3 +180,14 @@ def test_to_keeps_everything() -> None:
     assert isinstance(moved, MicroBatch)
     assert torch.equal(moved.targets, micro.targets)
     assert moved.segment_lengths == micro.segment_lengths
+
+
+@pytest.mark.parametrize("bad", [-1, 320, 2**63, 9.7])
+@pytest.mark.parametrize("place", [0, 2])
+def test_tokens_that_the_model_does_not_have_are_named(bad: Any, place: int) -> None:
+    good = Sample(token_ids=(0, 319, 5), prompt_length=1)
+    check_token_ids([good], 320)
+    ids = [0, 319, 5]
+    ids[place] = bad
+    with pytest.raises(ValueError, match=rf"^token {place} of sample 1 is {bad}, the model has 0..319: was the sample"):
+        check_token_ids([good, replace(good, token_ids=tuple(ids))], 320)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
@@ -27,6 +28,7 @@ from pipelines.config import (
 from pipelines.recipe_source import Node, apply_override, dump_scalar, dump_yaml, nearest, parse_override, parse_recipe
 from pipelines.schema import Builder, describe, field_docs, flatten, plain
 from pipelines.show import recipe_json, render_recipe
+from policy.config import AdvantageConfig, LoraConfig, LossConfig, OptimizerConfig, RouterConfig
 
 MINIMAL = """\
 name: small
@@ -374,7 +376,7 @@ def test_show_as_json(tmp_path: Path) -> None:
         ("name: small", "name: ../up", "small.yaml:1: recipe: name must be a folder name"),
         ("name: small", "name: small\nseed: -1", "small.yaml:2: recipe: seed must be >= 0, got -1"),
         ("{preset: tiny}", "{}", "small.yaml:2: model: set exactly one of model.preset and model.path"),
-        ("lr: 1e-6", "lr: -1", "small.yaml:13: stages.1.optimizer: lr must be > 0, got -1.0"),
+        ("lr: 1e-6", "lr: -1", "small.yaml:13: stages.1.optimizer: lr must be > 0 and finite, got -1.0"),
         (
             "steps: 4", "steps: 4\n    sampling: {max_tokens: 5000}",
             "small.yaml:12: stages.1.sampling.max_tokens is 5000, but engine.max_model_len is 1024",
@@ -382,6 +384,10 @@ def test_show_as_json(tmp_path: Path) -> None:
         (
             "steps: 4", "steps: 4\n    gate: {set: hard, min_pass_at_1: 0.2}",
             "small.yaml:12: stages.1.gate.set names 'hard', which no earlier eval stage evaluates",
+        ),
+        (
+            "lr: 1e-6", "lr: 1e-6\n      kind: adamw8bit\nparallel: {ranks: 2}",
+            "stages.1.optimizer.kind is 'adamw8bit', which works with one learner rank, and parallel.ranks is 2",
         ),
     ],
 )  # fmt: skip
@@ -465,3 +471,20 @@ def test_the_nearest_choice() -> None:
     assert nearest("Lr", ["lr", "eps"]) == "; did you mean 'lr'?"
     assert nearest("zzz", ["lr", "eps"]) == "; valid here: lr, eps"
     assert nearest("zzz", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [
+        (LoraConfig, ["alpha"]),
+        (AdvantageConfig, ["epsilon"]),
+        (LossConfig, ["clip_low", "clip_high", "kl_coef", "importance_cap"]),
+        (OptimizerConfig, ["lr", "eps", "weight_decay", "max_grad_norm", "min_lr_ratio"]),
+        (RouterConfig, ["bias_rate", "balance_coef"]),
+    ],
+)
+def test_numbers_of_the_policy_are_finite(made: Any, names: list[str]) -> None:
+    for name in names:
+        for value in (math.inf, math.nan, -math.inf):
+            with pytest.raises(ValueError, match=f"^{name} must be "):
+                made(**{name: value})

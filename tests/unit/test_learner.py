@@ -459,3 +459,12 @@ def test_a_model_whose_config_does_not_tell_is_found_out_by_a_probe(monkeypatch:
     model = Gemma2ForCausalLM(Gemma2Config(**{**DENSE, "initializer_range": 2.0}, final_logit_softcapping=5.0))
     with pytest.raises(ValueError, match="soft-capping or scaling"):
         learner(model)
+
+
+def test_tokens_outside_the_vocabulary_never_reach_the_model() -> None:
+    ours, samples = learner(policy()), batch()
+    samples[3] = replace(samples[3], token_ids=(*samples[3].token_ids[:-1], 10**6))
+    for call in (ours.step, ours.sft_step, ours.gradients):
+        with pytest.raises(ValueError, match="of sample 3 is 1000000, the model has"):
+            call(samples)
+    assert ours.optimizer_steps == 0

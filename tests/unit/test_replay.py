@@ -168,6 +168,102 @@ def test_what_was_changed_since_is_noticed(
     assert "the step is NOT what the run folder says" in lines(answer)
 
 
+def change_row(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Another line for step 1 in metrics.jsonl."""
+    path = run / "02-grpo/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1] = change(rows[1])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def change_rollout(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Another first rollout of step 1."""
+    path = run / "02-grpo/rollouts/step-000001.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows[0]["rollouts"][0])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("row", [{"step": 1}, {"step": 1, "seconds/rollout": 1.0}], ids=["empty", "times"])
+def test_a_step_of_which_nothing_can_be_compared_is_not_ok(run: Path, capsys: Any, row: dict[str, Any]) -> None:
+    change_row(run, lambda logged: row)
+    status, answer = replay(capsys, str(run), "1")
+    assert (status, answer["ok"], answer["compared"]) == (1, False, 0)
+    assert any(line.startswith("nothing was compared") for line in lines(answer))
+
+
+def test_a_figure_that_was_taken_out_is_not_ok(run: Path, capsys: Any) -> None:
+    change_row(run, lambda logged: {k: v for k, v in logged.items() if k != "learner/grad_norm"})
+    status, answer = replay(capsys, str(run), "1")
+    assert (status, answer["ok"]) == (1, False) and answer["same_bits"] == answer["compared"] > 40
+    assert "not logged, though the step gives them: learner/grad_norm" in lines(answer)
+
+
+@pytest.mark.parametrize("key", ["reward", "advantage"])
+@pytest.mark.parametrize("value", [55.0, None])
+def test_a_stored_reward_or_advantage_follows_from_the_scores(
+    run: Path, capsys: Any, key: str, value: float | None
+) -> None:
+    change_rollout(run, lambda rollout: rollout.update({key: value}))
+    status, answer = replay(capsys, str(run), "1")
+    [differs] = [row for row in answer["figures"] if row["ok"] is not True]
+    assert (status, differs["logged"], differs["ok"]) == (1, value, False)
+    assert differs["name"].startswith(f"stored {key} of ") and differs["name"].endswith("/0")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_lines_of_one_step_are_refused(run: Path, capsys: Any, first: bool) -> None:
+    path = run / "02-grpo/metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([rows[1], *rows] if first else [*rows, rows[1]]))
+    assert main(["replay", str(run), "1"]) == 1
+    assert "metrics.jsonl has 2 lines of step 1, where a run writes one" in capsys.readouterr().err
+
+
+BAD = "02-grpo/bad/step-000001.json"
+ROLLOUTS = "02-grpo/rollouts/step-000001.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (ROLLOUTS, "", "step-000001.jsonl holds no rollout"),
+        (BAD, "[]", "step-000001.json is damaged (it lacks or spoils: updates)"),
+        (BAD, "{}", "step-000001.json is damaged (it lacks or spoils: updates)"),
+        (BAD, '{"updates": [{"mini_batch": 0}]}', "(it lacks or spoils: what, text, parameters, losses, sequences,"),
+        ("events.jsonl", "[1]\n", "events.jsonl:1: this line is damaged"),
+        ("events.jsonl", "{}\ngarbage\n", "events.jsonl:2: this line is damaged"),
+        ("events.jsonl", '{"stage": "grpo", "event": "resumed"}\n', "events.jsonl:1: this line is damaged"),
+        ("02-grpo/metrics.jsonl", '{"step": 1, "learner/loss": [1]}\n', "metrics.jsonl: a figure is no number"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(run: Path, capsys: Any, file: str, content: str, words: str) -> None:
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).write_text(content)
+    assert_one_line(run, capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["scores"].update(bogus=9.0), "it has a score of 'bogus', which is no reward function of the"),
+        (lambda r: r["scores"].update(random="1"), "the score '1' of 'random' is no number"),
+        (lambda r: r["completion"].update(routed_experts=5), "routed_experts 5 is no text"),
+        (lambda r: r.update(advantage="x"), "the reward or advantage 'x' is no number"),
+    ],
+)
+def test_a_damaged_rollout_is_named_in_one_line(run: Path, capsys: Any, change: Any, words: str) -> None:
+    change_rollout(run, change)
+    assert_one_line(run, capsys, f"sample 0: {words}")
+
+
+def assert_one_line(run: Path, capsys: Any, words: str) -> None:
+    capsys.readouterr()
+    assert main(["replay", str(run), "1"]) == 1
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1 and "--debug" not in told, told
+
+
 def test_elsewhere_sums_may_round_differently_within_a_tolerance(run: Path, capsys: Any) -> None:
     events = run / "events.jsonl"
     events.write_text(events.read_text().replace('"cpu": "', '"cpu": "another '))
@@ -214,6 +310,17 @@ def test_what_cannot_be_replayed_is_said_in_one_line_with_what_can(run: Path, ca
     assert "no rollouts of step 2 are stored; steps that can be: 0-1" in refused(str(run), "4")
     shutil.rmtree(run / "01-sft/model")
     assert "steps that can be: none" in refused(str(run), "1")
+
+
+@pytest.mark.parametrize("verb", ["replay", "verify"])
+def test_what_keeps_nothing_does_not_promise_to_go_on(run: Path, capsys: Any, monkeypatch: Any, verb: str) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.replay.report", interrupted)
+    monkeypatch.setattr("pipelines.verify.verify", interrupted)
+    assert main([verb, *([str(run), "1"] if verb == "replay" else ["local.yaml"])]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "r1: interrupted; the same command begins again"
 
 
 def test_steps_are_told_as_ranges() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.batch import Sample, pack, samples_from_groups
+from policy.inputs import check_routed_experts
+from policy.presets import preset_config
 from rollout.engine import EngineConfig, GenerateRequest
 from rollout.scripted_engine import Scripted, ScriptedEngine
 from rollout.types import (
@@ -60,6 +64,54 @@ def test_a_damaged_text_is_told(damage: str) -> None:
         pack_experts(bytes(11), (2, 3, 2), 1)
 
 
+@pytest.mark.parametrize("head", ["-2x-3x2x1", "2x-3x-2x1", " 2x3x2x1", "2x3x2x1x1", "1_2x1x1x1", "2x3x2x3"])
+def test_shapes_that_are_none(head: str) -> None:
+    packed = pack_experts(bytes(range(12)), (2, 3, 2), 1).partition(":")[2]
+    with pytest.raises(ValueError, match="is damaged"):
+        unpack_experts(f"{head}:{packed}")
+
+
+def test_what_follows_the_ids_or_is_no_text_is_damage() -> None:
+    ids = bytes(range(12))
+    for stream in (zlib.compress(ids) + b"x", zlib.compress(ids + b"x"), zlib.compress(ids)[:-1]):
+        with pytest.raises(ValueError, match="is damaged"):
+            unpack_experts(f"2x3x2x1:{base64.b64encode(stream).decode()}")
+    for other in (None, 5, b"2x3x2x1:"):
+        with pytest.raises(ValueError, match="is damaged"):
+            unpack_experts(other)  # pyright: ignore[reportArgumentType]
+
+
+# -- what a model takes -----------------------------------------------------------------------------------------------
+
+
+def test_experts_that_no_router_chooses_are_refused() -> None:
+    shape = preset_config("tiny")  # two layers, two of eight experts a token
+    good = torch.tensor([[3, 1], [0, 7], [6, 5]])
+    taken = check_routed_experts([good.to(torch.uint8), good], shape, 3)
+    assert taken is not None and all(torch.equal(choice, good) for choice in taken)
+    twice = good.clone()
+    twice[1] = 4
+    for bad, message in (
+        (twice, r"routed_experts\[1\] sends token 1 to an expert twice \(\[4, 4\]\)"),
+        (torch.zeros_like(good), "sends token 0 to an expert twice"),
+        (good + 0.7, "holds torch.float32: experts are numbered by integers"),
+        (good.bool(), "holds torch.bool"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_routed_experts([good, bad], shape, 3)
+
+
+def test_samples_of_different_models_are_refused() -> None:
+    samples = [
+        Sample(token_ids=(5, 6, 7), prompt_length=1, routed_experts=torch.zeros(2, 2, k, dtype=torch.int32))
+        for k in (2, 1)
+    ]
+    with pytest.raises(ValueError, match=r"routed_experts of sample 1 have \[2, 1\] .* those of sample 0 \[2, 2\]"):
+        pack(samples, 10)
+    with pytest.raises(ValueError, match=r"routed_experts hold torch.float32: experts are numbered by integers"):
+        Sample(token_ids=(5, 6, 7), prompt_length=1, routed_experts=torch.zeros(2, 2, 2))
+
+
 # -- journal and batch ------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +155,7 @@ def test_a_journal_from_before_has_none() -> None:
 def test_a_row_too_many_and_samples_with_and_without_are_refused() -> None:
     for rows in (3, 5):
         with pytest.raises(ValueError, match=rf"routed_experts of {rows} tokens for 5: one row for each token but the"):
-            Sample(token_ids=(5, 6, 7, 8, 9), prompt_length=2, routed_experts=torch.zeros(rows, 2, 2))
+            Sample(token_ids=(5, 6, 7, 8, 9), prompt_length=2, routed_experts=torch.zeros(rows, 2, 2).int())
     mixed = samples_from_groups([_group(pack_rows(ROWS), None)], mask_truncated=False)
     with pytest.raises(ValueError, match="1 of 2 samples have no routed_experts: give them to all samples or to none"):
         pack(mixed, 10)
@@ -187,6 +239,22 @@ def test_long_requests_and_many_experts() -> None:
     for at in range(1, 400):
         runner.run((A, at, rows[at : at + 1]))
     assert runner.capture.take([(f"{ASKED}1", 400)]) == [pack_rows(rows.astype(np.uint16))]
+
+
+def test_tokens_that_were_never_computed_give_the_request_up(caplog: pytest.LogCaptureFixture) -> None:
+    runner, rows = FakeRunner(), _rows(6)
+    runner.run((A, 2, rows[2:5]))  # the first two were in a cache
+    runner.run((A, 5, rows[5:]))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the experts of request {ASKED}1 are given up: its tokens 0 to 1 were not computed here (is the prefix cache "
+        "on?)"
+    ], "once"
+    assert runner.capture.take([(f"{ASKED}1", 6)]) == [None]
+    runner.run((A, 0, rows[:2]))
+    runner.run((A, 4, rows[4:]))
+    assert runner.capture.take([(f"{ASKED}1", 6)]) == [None]
+    runner.run((A, 0, rows))
+    assert runner.capture.take([(f"{ASKED}1", 6)]) == [_text(rows)]
 
 
 def test_dropped_requests_leave_nothing() -> None:

@@ -31,6 +31,7 @@ from pipelines.run_dir import (
     read_json,
     step_name,
 )
+from policy.manifest import write_manifest
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup
 
 ROOT = Path(__file__).parents[2]
@@ -454,7 +455,8 @@ def test_the_best_checkpoint_is_the_one_whose_evaluation_was_best(tmp_path: Path
     for step in (10, 20, 30):
         folder = stage / "checkpoints" / f"step-{step:06d}"
         (folder / "model").mkdir(parents=True)
-        (folder / "complete.json").write_text("{}")
+        (folder / "model" / "config.json").write_text("{}")
+        write_manifest(folder, {}, None)
     (stage / "checkpoints" / ".partial-step-000040").mkdir()
     with pytest.raises(ValueError, match=r"none of the kept checkpoints \(10, 20, 30\) was evaluated"):
         model_folder(tmp_path, "best")
@@ -464,6 +466,9 @@ def test_the_best_checkpoint_is_the_one_whose_evaluation_was_best(tmp_path: Path
     (stage / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert model_folder(tmp_path, "best") == stage / "checkpoints/step-000020/model" == model_folder(stage, "best")
     assert model_folder(tmp_path, "30") == stage / "checkpoints/step-000030/model"
+    (stage / "checkpoints/step-000010/model/config.json").write_text("[]")
+    with pytest.raises(OSError, match=r"step-000010/model/config\.json is damaged \(it is not what was written\)"):
+        model_folder(tmp_path, "10")
     with pytest.raises(ValueError, match="no checkpoint '40': take last, best or one of 10, 20, 30"):
         model_folder(tmp_path, "40")
     with pytest.raises(ValueError, match="holds no checkpoints"):

@@ -129,6 +129,14 @@ def test_damage_is_told(tmp_path: Path) -> None:
         data.write_bytes(broken)
         with pytest.raises(DamagedState, match="it cannot be read"):
             read_state({"w": torch.zeros(200)}, tmp_path / "state")
+    listed = tmp_path / "state/.metadata"
+    pickled = listed.read_bytes()
+    # An unknown instruction, an unhashable key, a call of what cannot be called, a name that is not there.
+    for broken in (b"", b"x" * 9, b"}]K\x01s.", b"K\x01)R.", b"cos\nnone\n.", b"\x8d" + b"\x7f" * 8, pickled[:-9]):
+        listed.write_bytes(broken)
+        with pytest.raises(DamagedState, match="its list of tensors cannot be read"):
+            stored_tensors(tmp_path / "state")
+    listed.write_bytes(pickled)
     data.unlink()
     with pytest.raises(DamagedState, match="it cannot be read"):
         SavedTensors(tmp_path / "state", "")["w"]

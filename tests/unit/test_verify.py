@@ -198,6 +198,9 @@ def test_a_state_that_loses_something_fails(
     [
         (["no-such-recipe"], "there is no shipped recipe 'no-such-recipe'"),
         (["RECIPE", "--only", "micro_batches"], "--only: there is no property 'micro_batches'; there are micro_batch,"),
+        (["RECIPE", "--only="], "--only names no property: leave it out to measure all, or name some of micro_batch,"),
+        (["RECIPE", "--only", ","], "--only names no property"),
+        (["RECIPE", "--only", "micro_batch,"], "--only: there is no property ''"),
         (["RECIPE", "--samples", "1"], "--samples must be >= 2, got 1"),
         (["RECIPE", "--max-tokens", "0"], "--max-tokens must be >= 1, got 0"),
         (["RECIPE", "--stage", "cold"], "--stage cold: the recipe has no training stage of that name (there are: rl)"),

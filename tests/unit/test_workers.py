@@ -18,7 +18,7 @@ from pipelines.grpo import GrpoStage
 from pipelines.problem_sets import ProblemSets
 from pipelines.resources import own_cores
 from pipelines.rollout_pool import Job
-from pipelines.run_dir import RunConfig, StageDir, step_name
+from pipelines.run_dir import RunConfig, RunDirError, StageDir, step_name
 from pipelines.workers import Workers, engine_config
 from policy.config import LossConfig
 from policy.tokenizer import build_tokenizer
@@ -26,7 +26,7 @@ from rewards.base import RewardConfig
 from rewards.rubric import RubricConfig
 from rollout.engine import EngineConfig
 from rollout.prompts import DataConfig
-from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
+from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup, SamplingParams, sampling_seed
 
 MINI = Path(__file__).parents[1] / "integration" / "support" / "mini.yaml"
 RUBRIC = RubricConfig(functions=(RewardConfig(path="random"),))
@@ -61,11 +61,12 @@ def stage(**changes: Any) -> GrpoStage:
     return GrpoStage(data=DataConfig(source="jsonl:x.jsonl"), rewards=RUBRIC, steps=1, **changes)
 
 
-def group(problem: Problem, lengths: Sequence[int]) -> RolloutGroup:
+def group(problem: Problem, lengths: Sequence[int], step: int = 0) -> RolloutGroup:
     completions = [
         Completion(
             prompt_token_ids=(1,), token_ids=(2,) * length, text="t", rollout_logprobs=(-1.0,) * length,
             finish_reason=FinishReason.STOP, policy_version=0, sample_index=index,
+            seed=sampling_seed(3, step, problem.id, index),
         )
         for index, length in enumerate(lengths)
     ]  # fmt: skip
@@ -114,7 +115,12 @@ class Pool:
     def generate(self, jobs: Sequence[Job]) -> Iterator[RolloutGroup]:
         self.jobs += jobs
         for job in reversed(jobs):
-            yield group(job.problem, [5, 7])
+            drawn = group(job.problem, [5, 7])
+            seeds = [request.seed for request in job.requests]
+            again = [
+                replace(r, completion=replace(r.completion, seed=s)) for r, s in zip(drawn.rollouts, seeds, strict=True)
+            ]
+            yield replace(drawn, rollouts=tuple(again))
 
 
 def scored(groups: Iterable[RolloutGroup]) -> Iterator[RolloutGroup]:
@@ -133,7 +139,7 @@ def drawing(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Workers:
 def test_only_tokens_that_were_drawn_now_are_counted(folder: StageDir, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool()
     workers = drawing(pool, monkeypatch)
-    folder.journal(step_name(4)).append(group(PROBLEMS[1], [30, 20]))  # drawn before a kill, and not yet scored
+    folder.journal(step_name(4)).append(group(PROBLEMS[1], [30, 20], 4))  # drawn before a kill, and not yet scored
     groups, drawn = workers.rollouts(stage(group_size=2), 4, PROBLEMS, folder)
     assert [g.problem.id for g in groups] == ["a", "b", "c"]
     assert [job.problem.id for job in pool.jobs] == ["a", "c"]
@@ -154,6 +160,77 @@ def test_a_problem_that_reads_otherwise_now_is_drawn_again(folder: StageDir, mon
     assert [g.problem for g in groups] == PROBLEMS
     assert [job.problem.id for job in pool.jobs] == ["a", "b", "c"]
     assert drawn == 3 * (5 + 7), "what was thrown away is not taken off"
+
+
+def changed(whole: RolloutGroup, **completion: Any) -> RolloutGroup:
+    """The group with something else in its first completion."""
+    first, *others = whole.rollouts
+    return replace(whole, rollouts=(replace(first, completion=replace(first.completion, **completion)), *others))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda g: replace(g, rollouts=g.rollouts[:1]), "it holds the samples [0] of 2"),
+        (lambda g: replace(g, rollouts=()), "it holds the samples [] of 2"),
+        (lambda g: replace(g, rollouts=g.rollouts[:1] * 2), "it holds the samples [0, 0] of 2"),
+        (lambda g: replace(g, rollouts=g.rollouts * 2), "it holds the samples [0, 1, 0, 1] of 2"),
+        (lambda g: changed(g, sample_index=7), "it holds the samples [7, 1] of 2"),
+        (lambda g: replace(g, rollouts=g.rollouts[::-1]), "its samples have other seeds or another order than"),
+        (lambda g: changed(g, seed=5), "its samples have other seeds or another order than"),
+    ],
+    ids=["one", "none", "one twice", "all twice", "an index", "order", "a seed"],
+)
+def test_a_group_with_other_samples_than_were_asked_for_is_drawn_again(
+    change: Any, reason: str, folder: StageDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, events = Pool(), []
+    workers = drawing(pool, monkeypatch)
+    workers.run = cast(Any, SimpleNamespace(note=events.append))
+    journal = folder.journal(step_name(0))
+    for whole in (group(PROBLEMS[0], [30, 20]), change(group(PROBLEMS[1], [30, 20])), group(PROBLEMS[2], [30, 20])):
+        journal.append(next(scored([whole])))
+    groups, drawn = workers.rollouts(stage(group_size=2), 0, PROBLEMS, folder)
+    assert [job.problem.id for job in pool.jobs] == ["b"] and drawn == 5 + 7
+    assert [r.completion.sample_index for g in groups for r in g.rollouts] == [0, 1] * 3
+    [event] = events
+    assert (event["event"], event["problem"], event["file"]) == ("drawn_again", "b", str(journal.path))
+    assert event["reason"].startswith(reason)
+    assert len(journal.finished()["b"].rollouts) == 2, "the next continuation finds the new one"
+    workers.rollouts(stage(group_size=2), 0, PROBLEMS, folder)
+    assert len(pool.jobs) == len(events) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rollout_logprobs": (0.5, -1.0)}, "the log-probability 0.5 is that of a probability above 1"),
+        ({"rollout_logprobs": (float("inf"), -1.0)}, "the log-probability inf is that of a probability above 1"),
+        ({"rollout_logprobs": (None, -1.0)}, "the log-probability None is no number"),
+        ({"token_ids": ("x", 2)}, "a token id is no whole number"),
+        ({"routed_experts": 5}, "routed_experts 5 is no text"),
+    ],
+)
+def test_a_stored_group_that_no_engine_gives_is_refused(
+    change: dict[str, Any], words: str, folder: StageDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = Pool()
+    journal = folder.journal(step_name(0))
+    journal.append(changed(group(PROBLEMS[1], [2, 2]), **change))
+    with pytest.raises(RunDirError) as error:
+        drawing(pool, monkeypatch).rollouts(stage(group_size=2), 0, PROBLEMS, folder)
+    assert str(error.value).startswith(f"{journal.path}: problem b, sample 0: {words}") and pool.jobs == []
+
+
+def test_what_an_engine_may_say_is_left_to_the_learner(folder: StageDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding above 0, and what is not finite: an update that the learner skips must be skipped again on a resume."""
+    for index, odd in enumerate((1e-6, float("nan"), -float("inf"))):
+        pool = Pool()
+        folder.journal(step_name(index)).append(
+            changed(group(PROBLEMS[1], [2, 2], index), rollout_logprobs=(odd, -1.0))
+        )
+        drawing(pool, monkeypatch).rollouts(stage(group_size=2), index, PROBLEMS[1:2], folder)
+        assert pool.jobs == []
 
 
 def test_a_group_is_in_the_run_folder_before_it_is_scored(folder: StageDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +285,8 @@ def complete(folder: StageDir, *steps: int) -> None:
     for step in steps:
         path = folder.checkpoints / step_name(step)
         path.mkdir()
-        (path / "complete.json").write_text('{"files": {}}')
+        (path / "extra.json").write_text("{}")
+        (path / "complete.json").write_text('{"files": {"extra.json": 2}}')
 
 
 def kept(folder: StageDir) -> list[str]:

@@ -193,12 +193,13 @@ def count_draws(path: Path) -> None:
 
 
 def main() -> None:
+    from pipelines import cli
+
     recipe, drawn, point, *overrides = sys.argv[1:]
+    cli.quiet_libraries()  # before what is patched here imports them
     count_draws(Path(drawn))
     arm(point, Path(drawn).with_name("processes"))
-    from pipelines.cli import main as r1
-
-    sys.exit(r1(["run", recipe, *overrides]))
+    sys.exit(cli.main(["run", recipe, *overrides]))
 
 
 if __name__ == "__main__":
