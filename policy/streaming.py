@@ -183,6 +183,11 @@ def plan(model: PreTrainedModel, shards: Shards, block: Block | None, left_out: 
             "folder is incomplete or belongs to another architecture"
         )
     moves = [_move(name, place, shards, block) for name, place in wanted.items()]
+    if block is not None and all(move.scale is None for move in moves):
+        raise ValueError(
+            f"model.path: {shards.folder}: its config.json speaks of FP8 weights and none of them is: take "
+            "quantization_config out of it, if the weights are plain ones"
+        )
     used = wanted.keys() | {move.scale for move in moves} | set(left_out)
     tied = _tied(model)
     surplus = sorted(name for name in shards.keys() - used if not _NOT_NEEDED.search(name) and name not in tied)

@@ -109,6 +109,11 @@ def test_a_header_covers_its_data_exactly(tmp_path: Path) -> None:
     assert len(Shards(tmp_path)) == 3, "tensors without elements take no bytes"
 
 
+def test_a_config_that_speaks_of_fp8_over_plain_weights(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, released_config(), raw_tensors(released_config()))
+    assert "its config.json speaks of FP8 weights and none of them is: take quantization_config out" in refused(folder)
+
+
 def test_an_index_says_where_tensors_lie(folder: Path) -> None:
     change_index(folder, lambda places: places.update(ghost=places[WEIGHT]))
     assert "says that ghost lies in model-0" in refused(folder)
