@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig
-
 from policy.config import ModelConfig, ParallelConfig
-from policy.presets import preset_config
+from policy.presets import config_of
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -19,12 +14,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """
     if parallel.expert_parallel == 1:
         return
-    if model.preset is not None:
-        shapes: Any = preset_config(model.preset, **model.overrides)
-    else:
-        assert model.path is not None
-        folder = Path(model.path).expanduser()
-        shapes = AutoConfig.from_pretrained(folder if folder.is_dir() else model.path, trust_remote_code=False)
+    shapes = config_of(model)
     ours = shapes.model_type == "deepseek_v3" and shapes.first_k_dense_replace < shapes.num_hidden_layers
     adapted = model.lora is not None and model.lora.experts
     check_split(model.path or model.preset or "", shapes.n_routed_experts if ours else 0, parallel, adapted=adapted)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import DeepseekV3Config
+from transformers import AutoConfig, DeepseekV3Config
 
+from policy.config import ModelConfig
 from policy.rope import rope_parameters
 from policy.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
@@ -166,6 +168,19 @@ def preset_config(name: str, **overrides: Any) -> DeepseekV3Config:
         raise ValueError(f"model.overrides: {' '.join(str(error).split())}") from error
     check_supported(config)
     return config
+
+
+def config_of(model: ModelConfig) -> Any:
+    """The transformers config of what a recipe trains, without its weights: a preset's, a folder's or a hub id's.
+
+    Raises:
+        ValueError: an unknown preset or field.
+    """
+    if model.preset is not None:
+        return preset_config(model.preset, **model.overrides)
+    assert model.path is not None
+    folder = Path(model.path).expanduser()
+    return AutoConfig.from_pretrained(folder if folder.is_dir() else model.path, trust_remote_code=False)
 
 
 def _nearest(name: str, names: Any) -> str:

@@ -11,16 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from policy.config import ModelConfig, RouterConfig
 from policy.moe import Router, RouterReport
-from policy.presets import preset_config
+from policy.presets import config_of
 
 
 @dataclass(frozen=True)
@@ -141,12 +138,7 @@ def check_routing(model: ModelConfig, router: RouterConfig, place: str, *, retur
     key = f"{place}.{asked}" if asked else "engine.return_routed_experts" if return_experts else None
     if key is None:
         return
-    if model.preset is not None:
-        shapes: Any = preset_config(model.preset, **model.overrides)
-    else:
-        assert model.path is not None
-        folder = Path(model.path).expanduser()
-        shapes = AutoConfig.from_pretrained(folder if folder.is_dir() else model.path, trust_remote_code=False)
+    shapes = config_of(model)
     if shapes.model_type != "deepseek_v3" or shapes.first_k_dense_replace >= shapes.num_hidden_layers:
         name = model.path or model.preset
         raise ValueError(
