@@ -26,7 +26,7 @@ from policy.loading import load_policy
 from policy.model_folder import ModelWriter, write_files
 from policy.tokenizer import build_tokenizer
 from tests.unit.plain_learner import TINY, Plain
-from tests.unit.released import SHAPE, raw_tensors, released_config, write_folder
+from tests.unit.released import SHAPE, in_fp8, raw_tensors, released_config, write_folder
 from tests.unit.test_learner import DENSE, assert_same_bits, batch, dense, learner, policy, weights
 
 
@@ -186,7 +186,7 @@ def test_a_model_without_adapters_has_no_such_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("choice", ["keep", "drop"])
 def test_mtp_weights_go_with_every_folder_that_is_written_or_with_none(tmp_path: Path, choice: str) -> None:
     config = released_config()
-    write_folder(tmp_path / "released", config, raw_tensors(config))
+    write_folder(tmp_path / "released", config, in_fp8(raw_tensors(config)))
     source = ModelConfig(path=str(tmp_path / "released"), mtp=choice)
     model, tokenizer = load_policy(source, seed=0)
     folder = tmp_path / "step-000001"
