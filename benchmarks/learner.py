@@ -19,6 +19,12 @@ from benchmarks.options import Options
 from benchmarks.workload import write_model
 
 _SPEED_GOAL, _SHARE_GOAL = 1.5, 0.7
+_RATE = "fp32 matrix product 2048 x 2048"
+# The same model twice as wide: the larger the products, the less what surrounds them takes.
+WIDE: dict[str, Any] = {
+    "hidden_size": 512, "intermediate_size": 512, "moe_intermediate_size": 256, "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}  # fmt: skip
 
 
 def run(options: Options) -> list[Comparison]:
@@ -37,16 +43,11 @@ def run(options: Options) -> list[Comparison]:
         "given": sides.transformers(folder, batch, experts=experts, by_length=False),
         "trl": sides.trl(folder, batch, scratch=options.scratch, experts=experts),
     }
-    tokens = sum(batch.fed)
-    turns: dict[str, Callable[[], float]] = {
-        name: (lambda step=step: tokens / timed(step)) for name, step in steps.items()
-    }
-    turns["matmul"] = lambda: matmul_rate(seconds=1.0) / 1e9
-    values = take_turns(turns, rounds=options.pick(5, 2), warmup=1)
-    per_token = training_flops(config, batch.fed, batch.under_loss) / tokens / 1e9
+    values = _measure(batch, steps, rounds=options.pick(5, 2))
     found = [
         speed(values, _workload(batch), experts),
-        share(values, per_token, goal=_SHARE_GOAL, rate="fp32 matrix product 2048 x 2048"),
+        share(values, _per_token(config, batch), goal=_SHARE_GOAL, rate=_RATE),
+        _wide(options, batch, experts),
         _memory(options, folder, batch, experts),
     ]
     if torch.cuda.is_available():
@@ -54,6 +55,28 @@ def run(options: Options) -> list[Comparison]:
 
         found += learner_gpu.run(options)
     return found
+
+
+def _measure(batch: Batch, steps: dict[str, Callable[[], Any]], *, rounds: int) -> dict[str, tuple[float, ...]]:
+    """Tokens/s of each step and, next to ours, the matrix-multiply rate in GFLOP/s."""
+    tokens = sum(batch.fed)
+    turns: dict[str, Callable[[], float]] = {"matmul": lambda: matmul_rate(seconds=2.0) / 1e9}
+    turns |= {name: (lambda step=step: tokens / timed(step)) for name, step in steps.items()}
+    return take_turns(turns, rounds=rounds, warmup=1)
+
+
+def _per_token(config: Any, batch: Batch) -> float:
+    """Useful GFLOP of a token."""
+    return training_flops(config, batch.fed, batch.under_loss) / sum(batch.fed) / 1e9
+
+
+def _wide(options: Options, batch: Batch, experts: str) -> Comparison:
+    """The share of the rate again, with :data:`WIDE`."""
+    folder = options.scratch / "wide"
+    config = write_model(folder, seed=options.seed, overrides=WIDE)
+    steps = {"ours": sides.learner(folder, batch), "by_length": sides.transformers(folder, batch, experts=experts)}
+    values = _measure(batch, steps, rounds=options.pick(5, 2))
+    return share(values, _per_token(config, batch), goal=_SHARE_GOAL, rate=_RATE, where="twice as wide")
 
 
 def speed(values: dict[str, tuple[float, ...]], workload: str, experts: str, *, where: str = "") -> Comparison:
@@ -85,8 +108,9 @@ def share(
     """Useful operations against the measured rate. ``per_token``: GFLOP of one token."""
     theirs = Series(name="", values=values["by_length"]).median * per_token
     peak = Series(name="", values=values["matmul"]).median
+    ours = Series(name="", values=values["ours"]).median * per_token
     return Comparison(
-        key=f"learner-share{where and '-' + where.lower()}",
+        key=f"learner-share{where and '-' + where.lower().replace(' ', '-')}",
         title=f"Learner's useful operations against the matrix-multiply rate{where and ', ' + where}",
         unit="GFLOP/s",
         ours=Series(name="r1 learner", values=tuple(v * per_token for v in values["ours"])),
@@ -97,7 +121,9 @@ def share(
             "counted": f"{per_token * 1e3:,.1f} MFLOP per token: matrix products of the active parameters, causal "
             "attention, LM head on completion tokens, forward and backward; the optimizer, padding and what is "
             "computed twice count nothing",
-            "transformers": f"sorted by length reaches {theirs / peak:.0%} of the rate by the same count",
+            "rate": "the mean over a second or more, next to each step: what the cores give as others leave them",
+            "transformers": f"sorted by length reaches {theirs / peak:.0%} of the rate by the same count; the learner "
+            f"is {ours / theirs:.3g} times as fast",
         },
     )
 

@@ -53,19 +53,19 @@ def busy_share() -> float:
 def matmul_rate(*, size: int = 2048, seconds: float = 1.0) -> float:
     """fp32 matrix-multiply rate of all threads of this process, floating-point operations per second.
 
-    The best of the products of two ``size`` x ``size`` matrices within ``seconds``: what the cores can do, undisturbed.
+    The mean over the products of two ``size`` x ``size`` matrices within ``seconds``: like a training step, which takes
+    seconds too, it has the cores as others leave them.
     """
     import torch
 
     left, right = torch.randn(size, size), torch.randn(size, size)
     out = torch.empty(size, size)
     torch.mm(left, right, out=out)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
+    began, done = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds or not done:
         torch.mm(left, right, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        done += 1
+    return done * 2 * size**3 / spent
 
 
 def copy_seconds(size: int, *, seconds: float = 0.3) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,20 @@ _CALIBRATION = (64, 32)  # sequences, tokens
 _BALANCE, _BALANCE_ROUNDS = (4, 512), 24  # sequences, tokens
 
 
-def write_model(folder: Path, *, mean_tokens: float = MEAN_TOKENS, seed: int = 0, preset: str = PRESET) -> Any:
+def write_model(
+    folder: Path,
+    *,
+    mean_tokens: float = MEAN_TOKENS,
+    seed: int = 0,
+    preset: str = PRESET,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
     """Writes the preset with random weights and geometric completion lengths as a Hugging Face folder.
 
     Args:
         folder: written as a whole.
         mean_tokens: mean length of a completion without a token limit, end-of-sequence included, > 1.
+        overrides: fields of the preset's config that are replaced.
 
     Returns:
         The model's config.
@@ -44,7 +52,7 @@ def write_model(folder: Path, *, mean_tokens: float = MEAN_TOKENS, seed: int = 0
 
     if not mean_tokens > 1:
         raise ValueError(f"mean_tokens must be > 1, got {mean_tokens}")
-    model, tokenizer = load_policy(ModelConfig(preset=preset), seed)
+    model, tokenizer = load_policy(ModelConfig(preset=preset, overrides=dict(overrides or {})), seed)
     mark_tokens(model)
     balance_experts(model, seed)
     set_end_probability(model, EOS_ID, 1 / mean_tokens, seed)
