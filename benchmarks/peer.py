@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from pipelines.cli import quiet_libraries
+
 _POLL_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
@@ -115,6 +117,7 @@ class Port:
 
 
 def _guarded(serve: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:
+    quiet_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -196,7 +196,8 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     refuse_leftovers(options)
     if options.model is None:
         raise ValueError("name a MODEL (a Hugging Face folder or id, a run folder), or --endpoint with --benchmarks")
-    from pipelines.run_dir import brief, model_folder
+    from pipelines.run_dir import brief
+    from pipelines.run_models import model_folder
 
     path = Path(options.model).expanduser()
     own = path / "recipe.resolved.yaml"

@@ -141,7 +141,7 @@ def _model_of(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         if not options.served:
             raise ValueError("--endpoint needs --model NAME: which of its models answers")
         return options.served, {"endpoint": options.endpoint, "model": options.served}
-    from pipelines.run_dir import model_folder
+    from pipelines.run_models import model_folder
 
     path = Path(options.model).expanduser()
     folder = model_folder(path, options.checkpoint) if path.exists() else _downloaded(options.model)
@@ -199,7 +199,7 @@ def _sampler(options: argparse.Namespace, model: str, protocol: Protocol, note: 
             retries=options.retries, requests_per_minute=options.requests_per_minute, api_key_env=options.api_key_env,
         )  # fmt: skip
         return EndpointSampler(config, protocol)
-    from pipelines.run_dir import model_folder
+    from pipelines.run_models import model_folder
 
     path = Path(options.model).expanduser()
     folder = model_folder(path, options.checkpoint) if path.exists() else _downloaded(options.model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ class LearnerService:
         """Takes over the weights of a folder; the optimizer of an earlier stage is forgotten."""
         self._drop_sender()
         self._drop_learner()
+        self.model = None
+        gc.collect()  # a sharded model and its root hold each other; both models would be in memory
         self.model, self.tokenizer = self._load(self._at(folder))
 
     def begin(
@@ -187,29 +190,27 @@ class LearnerService:
             self._drop_sender()
 
     def _load(self, config: ModelConfig) -> tuple[Any, Any]:
-        """Model and tokenizer, the model on the GPU that this process was given, if any, and sharded over the ranks."""
-        model, tokenizer = self._built(config)
-        self._place(model)
-        return model, tokenizer
+        """Model and tokenizer, the model on the GPU that this process was given, if any, and sharded over the ranks.
 
-    def _built(self, config: ModelConfig) -> tuple[Any, Any]:
-        """Model and tokenizer, whole and on the CPU."""
+        Of a sharded model a rank holds its part and one whole layer at most, from the disk on.
+        """
         from policy.guards import check_loaded
-        from policy.loading import load_policy
+        from policy.loading import open_policy
 
-        model, tokenizer = load_policy(config, self.seed)
-        check_loaded(model, str(config.path or config.preset))
-        return model, tokenizer
+        policy = open_policy(config, self.seed)
+        self._place(policy.model, policy.fill)
+        policy.close()
+        check_loaded(policy.model, policy.source)
+        return policy.model, policy.tokenizer
 
-    def _place(self, model: Any) -> None:
+    def _place(self, model: Any, fill: Callable[[Any], None] = lambda part: None) -> None:
         """Moves a model to where this process computes, and shards it over the ranks."""
         import torch
 
         from policy.parallel import shard
 
-        if self.ranks.size > 1:
-            shard(model, self.ranks)  # layer by layer, each straight to its GPU
-        elif torch.cuda.is_available():
+        shard(model, self.ranks, fill)  # layer by layer, each straight to its GPU
+        if self.ranks.size == 1 and torch.cuda.is_available():
             torch.nn.Module.cuda(model)
 
     def _at(self, folder: str | Path) -> ModelConfig:

@@ -10,6 +10,10 @@ from typing import Any
 
 from rollout.engine import EngineConfig
 
+# Learner ranks that one CPU core may be asked to carry: each is a process that holds the libraries and, while it loads,
+# the whole model.
+RANKS_PER_CORE = 4
+
 
 def own_cores(limit: int) -> list[int]:
     """The first ``limit`` (0: all) of the CPU cores that this process may use: learner and engines share them.
@@ -21,6 +25,35 @@ def own_cores(limit: int) -> list[int]:
     if limit > len(cores):
         raise ValueError(f"run.cpus is {limit}, but only {len(cores)} cores may be used here: lower it, or 0 for all")
     return cores[: limit or None]
+
+
+def check_here(engine: EngineConfig, *, cores: int, learners: int, offloading: str | None) -> None:
+    """Sees that this machine can carry what a recipe asks for that joins no cluster, before anything is started.
+
+    Args:
+        engine: of the rollout workers.
+        cores: CPU cores that the run may use.
+        learners: ranks of the learner.
+        offloading: the key of the recipe that offloads an optimizer, if one does.
+
+    Raises:
+        ValueError: there are too few GPUs or cores, or no GPU to offload from.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    check_gpus(engine, gpus, learners)
+    if gpus == 0 and offloading is not None:
+        raise ValueError(
+            f"{offloading} keeps the state of a GPU's model in the CPU's memory, and there is no GPU here: set it to "
+            "false, or name a cluster in run.ray_address"
+        )
+    if gpus == 0 and learners > RANKS_PER_CORE * cores:
+        raise ValueError(
+            f"parallel.ranks is {learners}, and {cores} CPU {'core' if cores == 1 else 'cores'} and no GPU may be used "
+            f"here: at most {RANKS_PER_CORE * cores} (each rank is a process with a model), or name a cluster in "
+            "run.ray_address"
+        )
 
 
 def count_gpus() -> int:

@@ -15,6 +15,7 @@ from pipelines.first_model import check_same_model, record_model
 from pipelines.grpo import GrpoStage, check_gate, train_grpo
 from pipelines.machine import machine
 from pipelines.problem_sets import ProblemSets
+from pipelines.resources import check_here, own_cores
 from pipelines.run_dir import RunDir, StageDir
 from pipelines.schema import plain
 from pipelines.sft import SftStage, resolve_target, train_sft
@@ -79,6 +80,7 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
     from policy.loading import check_model
     from policy.routing import check_routing
 
+    _check_machine(recipe)
     mtp = check_model(recipe.model)
     check_layout(recipe.model, recipe.parallel)
     stages = []
@@ -107,6 +109,23 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
     _check_contamination(recipe, problems)
     report = {"name": recipe.name, "seed": recipe.seed, "stages": stages}
     return report if mtp is None else {**report, "mtp": mtp}
+
+
+def _check_machine(recipe: Recipe) -> None:
+    """Sees that this machine can carry the run; a cluster is asked when it has been joined.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if recipe.run.ray_address is not None:
+        return
+    offloading = (
+        f"stages.{stage.name}.optimizer.offload"
+        for stage in recipe.stages
+        if isinstance(stage, SftStage | GrpoStage) and stage.optimizer.offload
+    )
+    cores = len(own_cores(recipe.run.cpus))
+    check_here(recipe.engine, cores=cores, learners=recipe.parallel.ranks, offloading=next(offloading, None))
 
 
 def _know_model(recipe: Recipe, run: RunDir) -> None:

@@ -57,9 +57,12 @@ class VerifyService(LearnerService):
         """The recipe's model in another dtype, and a reference policy when one is asked for; sharded alike."""
         import torch
 
+        from policy.guards import check_loaded
         from policy.invariance import measured_model, nearby_reference
+        from policy.loading import load_policy
 
-        model, self.tokenizer = self._built(self.config)
+        model, self.tokenizer = load_policy(self.config, self.seed)
+        check_loaded(model, str(self.config.path or self.config.preset))
         self.model = measured_model(model, getattr(torch, dtype))
         self.reference = nearby_reference(self.model, self.seed) if reference else None
         for each in (self.model, self.reference):

@@ -14,7 +14,7 @@ from pipelines.actors import Handle, LocalHandle, settle
 from pipelines.grpo import GrpoStage
 from pipelines.learner_group import start_learner
 from pipelines.resources import own_cores, start_ray
-from pipelines.run_dir import model_folder
+from pipelines.run_models import model_folder
 from pipelines.sft import SftStage
 from pipelines.verify_engine import EngineProbe
 from pipelines.verify_rows import PROPERTIES
@@ -62,6 +62,20 @@ class VerifyOptions:
     full: bool = False
 
 
+def _given_model(name: str) -> str:
+    """The folder that ``--model`` means, or what may be a hub id.
+
+    Raises:
+        ValueError: there is no such folder, or no model in it.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(model_folder(path))
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ValueError(f"--model: there is no folder {name}; give a model, stage or run folder, or a hub id")
+    return name
+
+
 class Subject:
     """What is verified: the recipe's learner, and samples that it could be trained on.
 
@@ -79,8 +93,7 @@ class Subject:
         # A user's own modules (data rewrites, targets) are found in the working directory and beside the recipe.
         sys.path.extend(p for p in (str(Path.cwd()), str(Path(loaded.source).absolute().parent)) if p not in sys.path)
         if options.model is not None:
-            path = Path(options.model).expanduser()
-            source = str(model_folder(path)) if path.exists() else options.model
+            source = _given_model(options.model)
             recipe = replace(recipe, model=replace(recipe.model, preset=None, path=source, overrides={}))
         self.recipe: Recipe = recipe
         self.options, self.scratch = options, scratch

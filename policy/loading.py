@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,14 +29,57 @@ from policy.model import PolicyModel
 from policy.mtp import copy_mtp, mtp_report
 from policy.presets import check_servable, preset_config
 from policy.shards import INDEX, Shards
-from policy.streaming import build, check_weights, stream_model, streams
+from policy.streaming import Streaming, build, check_weights, streams
 from policy.tokenizer import build_tokenizer
 
 _WEIGHT_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
+class OpenPolicy(NamedTuple):
+    """A policy whose weights may still lie on the disk.
+
+    Attributes:
+        model: on the CPU, in the config's dtype.
+        tokenizer: its tokenizer.
+        source: folder or hub id of the weights, for messages.
+        streaming: reads the weights; None where they are all there.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    streaming: Streaming | None
+
+    def fill(self, part: nn.Module) -> None:
+        """Reads the weights of a part of the model that are not there yet.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        if self.streaming is not None:
+            with _readable(self.source):
+                self.streaming.fill(part)
+
+    def close(self) -> None:
+        """Ends the reading, when every part has been filled."""
+        if self.streaming is not None:
+            self.streaming.close()
+
+
 def load_policy(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy and its tokenizer, on the CPU, in the config's dtype.
+    """The policy and its tokenizer, on the CPU, in the config's dtype; see :func:`open_policy`.
+
+    Raises:
+        ValueError: see :func:`open_policy`.
+    """
+    policy = open_policy(config, seed)
+    policy.fill(policy.model)
+    policy.close()
+    return policy.model, policy.tokenizer
+
+
+def open_policy(config: ModelConfig, seed: int) -> OpenPolicy:
+    """The policy, whose weights are read when they are asked for.
 
     A preset gets random weights that depend on ``seed`` alone (the global random state is left as it is). A path is
     a folder or a hub id; DeepSeek-V3 configs become a ``PolicyModel``, anything else transformers' causal LM. Weights
@@ -45,6 +91,7 @@ def load_policy(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
             does not fit its tokenizer; adapters for layers that are not there.
     """
     dtype = getattr(torch, config.dtype)
+    streaming: Streaming | None = None
     if config.preset is not None:
         check_mtp(config)
         with torch.random.fork_rng(devices=[]):
@@ -54,7 +101,7 @@ def load_policy(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
         tokenizer = build_tokenizer() if config.tokenizer is None else _load_tokenizer(config.tokenizer, "tokenizer")
     else:
         assert config.path is not None
-        model = _load_model(_model_source(config), dtype)
+        model, streaming = _open_model(_model_source(config), dtype)
         tokenizer = _load_tokenizer(config.tokenizer or config.path, "tokenizer" if config.tokenizer else "path")
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         raise ValueError(
@@ -63,7 +110,7 @@ def load_policy(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
         )
     if config.lora is not None:
         add_adapters(model, config.lora, seed, config.path)
-    return model, tokenizer
+    return OpenPolicy(model, tokenizer, config.path or str(config.preset), streaming)
 
 
 def check_model(config: ModelConfig) -> dict[str, Any] | None:
@@ -167,7 +214,9 @@ def _source(name: str, field: str) -> str:
                 "their base with PEFT (merge_and_unload, save_pretrained), or give the base alone"
             )
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
-            raise ValueError(f"model.{field}: {name} has no config.json, so it is not a Hugging Face folder")
+            inside = sorted(path.glob("model/config.json")) or sorted(path.glob("[0-9][0-9]-*/model/config.json"))
+            hint = f"; the last model of this run is {inside[-1].parent}" if inside else ""
+            raise ValueError(f"model.{field}: {name} has no config.json, so it is not a Hugging Face folder{hint}")
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.exists():
         raise ValueError(f"model.{field}: there is no folder {name}; give a Hugging Face folder or a hub id")
@@ -213,23 +262,28 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:300] if isinstance(error, StrictDataclassError) else one_line(error)
 
 
-def _load_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _open_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Streaming | None]:
     config = _read_config(source)
     if not streams(config):
         _refuse_quantised(source, config)
         if (Path(source) / INDEX).is_file():
             _shards(Path(source))  # for what it refuses
-        return _load_by_transformers(source, dtype)
+        return _load_by_transformers(source, dtype), None
     folder = _folder(source)
-    with _shards(folder) as shards:
-        try:
-            model = stream_model(shards, config, dtype)
-        except OSError as error:
-            raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); is the folder whole?") from error
+    with _readable(source):
+        streaming = Streaming(_shards(folder), config, dtype)
     defaults = _generation_config(folder)
     if defaults is not None:
-        model.generation_config = defaults
-    return model
+        streaming.model.generation_config = defaults
+    return streaming.model, streaming
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"model.path: cannot load {source} ({one_line(error)}); is the folder whole?") from error
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:

@@ -109,11 +109,6 @@ class Ranks:
         """Maximum over the ranks; a NaN on any of them wins."""
         return values if self.size == 1 else torch.stack(self._from_all(values)).amax(dim=0)
 
-    def barrier(self) -> None:
-        """Waits until every rank is here."""
-        if self.size > 1:
-            self._from_all(torch.zeros((), device=self.device))
-
     def _from_all(self, values: Tensor) -> list[Tensor]:
         found = values.detach().to(self.device).contiguous()
         parts = [torch.empty_like(found) for _ in range(self.size)]
@@ -163,7 +158,7 @@ class Sharded(nn.Module):
     def frozen_copy(self) -> PreTrainedModel:
         """Another model with these weights, sharded alike, that does not train."""
         twin = copy.deepcopy(self._skeleton[0]).requires_grad_(False)
-        shard(twin, self.ranks, self.model)
+        shard(twin, self.ranks, _Gathered(twin, self.model).fill)
         for (_, mine), (_, its) in zip(self.model.named_buffers(), twin.named_buffers(), strict=True):
             its.copy_(mine)
         return twin.eval()
@@ -174,22 +169,22 @@ def sharded(model: nn.Module) -> Sharded | None:
     return model.__dict__.get("_sharded")
 
 
-def shard(model: PreTrainedModel, ranks: Ranks, source: PreTrainedModel | None = None) -> None:
-    """Shards a model in place; every rank holds the same whole model before. One rank leaves it as it is.
+def shard(model: PreTrainedModel, ranks: Ranks, fill: Callable[[nn.Module], None] = lambda part: None) -> None:
+    """Shards a model in place; every rank holds the same model before. One rank leaves it whole.
 
     A model in bf16 keeps fp32 masters of what it trains and computes in bf16; gradients are added up in fp32.
 
     Args:
         model: what to shard.
         ranks: over which.
-        source: a sharded model of the same modules, from which the parameters of ``model``, then on the ``meta``
-            device, are gathered layer by layer.
+        fill: gives a part of the model its weights, where it has none yet: called for each layer before that is cut
+            and its whole weights are let go, and for the model in the end.
 
     Raises:
         ValueError: expert parallelism of a model without routed experts, or whose experts cannot be dealt out.
     """
     if ranks.size == 1:
-        return
+        return fill(model)
     _check(model, ranks)
     memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     root = Sharded(model, ranks, copy.deepcopy(model, memo))
@@ -202,9 +197,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, source: PreTrainedModel | None =
     shape = (ranks.size // width, width)
     grid = init_device_mesh(kind, shape, mesh_dim_names=("data", "expert")) if width > 1 else None
     line = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("ranks",))
-    weights = _Weights(model, source)
     for layer in _layers(model):
-        weights.fill(layer)
+        fill(layer)
         wide = _in_fp32(layer) if half else []
         _widen(layer, precision.param_dtype)
         for module in layer.modules():
@@ -214,7 +208,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, source: PreTrainedModel | None =
         if wide:  # adapters: trained and computed with in fp32, whatever the model's dtype
             _fully_shard(wide, line, MixedPrecisionPolicy(cast_forward_inputs=False))
         _fully_shard(layer, line, precision)
-    weights.fill(model)
+    fill(model)
     _widen(root, precision.param_dtype)
     _fully_shard(root, line, precision)
     for module in root.modules():
@@ -299,19 +293,17 @@ def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-class _Weights:
-    """Gives parameters on the meta device the values of another model's, which is sharded."""
+class _Gathered:
+    """Gives parameters on the meta device the values of another model's of the same modules, which is sharded."""
 
-    def __init__(self, model: nn.Module, source: nn.Module | None) -> None:
-        self._sources: dict[nn.Module, nn.Module] = {}
-        if source is not None:
-            self._sources = dict(zip(model.modules(), source.modules(), strict=True))
+    def __init__(self, model: nn.Module, source: nn.Module) -> None:
+        self._sources = dict(zip(model.modules(), source.modules(), strict=True))
         self._made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # one for all modules that share a parameter
 
     @torch.no_grad()
     def fill(self, part: nn.Module) -> None:
-        """Of every module below ``part``."""
-        for module in part.modules() if self._sources else ():
+        """Of every module below ``part``; all ranks ask together."""
+        for module in part.modules():
             for name, empty in list(module.named_parameters(recurse=False)):
                 if empty.is_meta and not isinstance(empty, DTensor):
                     if id(empty) not in self._made:

@@ -100,6 +100,10 @@ class Shards(Mapping[str, Stored]):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the file that was read last; another read opens it again."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
@@ -154,7 +158,7 @@ class Shards(Mapping[str, Stored]):
 
     def _file(self, path: Path) -> BinaryIO:
         if self._open is None or self._open[0] != path:
-            self.__exit__()
+            self.close()
             self._open = (path, path.open("rb"))
         return self._open[1]
 

@@ -1,8 +1,8 @@
 """A model from the safetensors files of a folder, tensor by tensor: never twice in memory.
 
-The model is built empty (its memory is promised, not used), then every tensor is read into its place: experts, which
-are stored one by one, into their rows of the stacked parameters; FP8 blocks dequantised on the way. Names are compared
-both ways before anything is read: nothing stays random, and nothing that was stored is left out unsaid.
+The model is built without weights, then every tensor is read into its place: experts, which are stored one by one, into
+their rows of the stacked parameters; FP8 blocks dequantised on the way. Names are compared both ways before anything is
+read: nothing stays random, and nothing that was stored is left out unsaid.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -27,21 +27,6 @@ from policy.shards import Shards
 
 # Tables of rotary angles, which old checkpoints hold and every model computes for itself.
 _NOT_NEEDED = re.compile(r"\.rotary_emb\.inv_freq$")
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """One tensor of a folder and where it goes.
-
-    Attributes:
-        name: in the folder.
-        place: what it fills.
-        scale: name of its FP8 scales; None for a tensor that is stored plainly.
-    """
-
-    name: str
-    place: Tensor
-    scale: str | None = None
 
 
 def streams(config: Any) -> bool:
@@ -60,34 +45,105 @@ def streams(config: Any) -> bool:
     return not (architecture._keep_in_fp32_modules or architecture._keep_in_fp32_modules_strict)
 
 
-def stream_model(shards: Shards, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, on the CPU, in ``dtype``, in eval mode.
+class Streaming:
+    """A model whose weights are read from a folder part by part, when they are asked for.
+
+    Until then they take no memory: who cuts each part up and lets go of it before the next is read never holds the
+    whole model.
 
     Args:
         shards: the folder's tensors.
         config: its config; changed: it says afterwards what is in memory.
         dtype: of the model; the router's correction bias stays fp32.
 
+    Attributes:
+        model: on the CPU, in eval mode; its parameters have one element in memory each until they are read.
+
+    Raises:
+        ValueError: see :func:`plan`.
+    """
+
+    def __init__(self, shards: Shards, config: Any, dtype: torch.dtype) -> None:
+        self._shards, self._block = shards, _block(shards, config)
+        mtp = mtp_names(shards, config)
+        with init.no_init_weights(), init_empty_weights(include_buffers=False), _untouched():
+            self.model = _build(shards, config, dtype).eval()
+        self.model.tie_weights()  # while it was built, each registration of a shared parameter made another
+        self._stand_ins = _stand_in(self.model)
+        self._scales = plan(self.model, shards, self._block, mtp)
+        # Tensors themselves, because adapters, which may come in between, change the names of what they surround.
+        state = self.model.state_dict(keep_vars=True)
+        tied = _tied(self.model)
+        self._unread = {id(tensor): (name, tensor) for name, tensor in state.items() if name not in tied}
+
+    @torch.no_grad()
+    def fill(self, part: nn.Module) -> None:
+        """Reads the weights and buffers of a part of the model, or of all of it, that were not read yet.
+
+        Raises:
+            ValueError: FP8 scales that cannot be.
+            OSError: a file cannot be read.
+        """
+        places: dict[str, Tensor] = {}
+        made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # one for all modules that share it
+        for module in part.modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                stored, _ = self._unread.pop(id(tensor), (None, None))
+                if stored is not None and not isinstance(tensor, nn.Parameter):
+                    places |= stored_form(stored, tensor)
+                elif stored is not None:
+                    with _untouched():
+                        memory = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = tensor, nn.Parameter(memory, tensor.requires_grad)
+                    places |= stored_form(stored, memory)
+                if id(tensor) in made:
+                    setattr(module, name, made[id(tensor)][1])
+        for name in self._shards.in_file_order(places):
+            self._read(name, places[name])
+
+    def close(self) -> None:
+        """Lets go of the files, when everything has been read."""
+        left = [name for name, _ in self._unread.values()]
+        left += [name for name, parameter in self.model.named_parameters() if id(parameter) in self._stand_ins]
+        assert not left, f"{len(left)} tensors were never read, e.g. {left[0]}"
+        self._shards.close()
+
+    def _read(self, name: str, place: Tensor) -> None:
+        scale_name = self._scales[name]
+        if scale_name is None:
+            return self._shards.read_into(name, place)
+        assert self._block is not None
+        weight, scale = self._shards.read(name), self._shards.read(scale_name)
+        _check_scales(self._shards, scale_name, scale, weight, self._block)
+        dequantise_into(place, weight, scale, self._block)
+
+
+def _stand_in(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Parameters of the ``meta`` device become one element each, seen in their shape; these, by their ids.
+
+    On a real device, because PEFT moves adapters to that of what they adapt, and from ``meta`` there is no way back.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, empty in list(module.named_parameters(recurse=False)):
+            if empty not in made:
+                one = torch.zeros((), dtype=empty.dtype).expand(empty.shape)
+                made[empty] = nn.Parameter(one, empty.requires_grad)
+            setattr(module, name, made[empty])
+    return {id(parameter): parameter for parameter in made.values()}
+
+
+def stream_model(shards: Shards, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder, on the CPU, in ``dtype``, in eval mode; see :class:`Streaming`.
+
     Raises:
         ValueError: see :func:`plan`.
         OSError: a file cannot be read.
     """
-    block = _block(shards, config)
-    mtp = mtp_names(shards, config)
-    with init.no_init_weights():
-        model = _build(shards, config, dtype)
-    moves = {move.name: move for move in plan(model, shards, block, mtp)}
-    with torch.no_grad():
-        for name in shards.in_file_order(moves):
-            move = moves[name]
-            if move.scale is None:
-                shards.read_into(name, move.place)
-            else:
-                assert block is not None
-                weight, scale = shards.read(name), shards.read(move.scale)
-                _check_scales(shards, move.scale, scale, weight, block)
-                dequantise_into(move.place, weight, scale, block)
-    return model.eval()
+    streaming = Streaming(shards, config, dtype)
+    streaming.fill(streaming.model)
+    streaming.close()
+    return streaming.model
 
 
 def check_weights(shards: Shards, config: Any) -> None:
@@ -99,8 +155,8 @@ def check_weights(shards: Shards, config: Any) -> None:
     block = _block(shards, config)
     mtp = mtp_names(shards, config)
     with torch.device("meta"):
-        moves = plan(_build(shards, config, torch.float32), shards, block, mtp)
-    scaled = {move.scale: move.name for move in moves if move.scale is not None}
+        scales = plan(_build(shards, config, torch.float32), shards, block, mtp)
+    scaled = {scale: name for name, scale in scales.items() if scale is not None}
     for name in shards.in_file_order(scaled):
         scale = shards.read(name)
         if not bool(((scale.float() > 0) & scale.float().isfinite()).all()):  # only then are weights read
@@ -162,8 +218,8 @@ def places(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield from stored_form(name, tensor)
 
 
-def plan(model: PreTrainedModel, shards: Shards, block: Block | None, left_out: Iterable[str]) -> list[Move]:
-    """What goes where.
+def plan(model: PreTrainedModel, shards: Shards, block: Block | None, left_out: Iterable[str]) -> dict[str, str | None]:
+    """What is read: the folder's names of the model's tensors, each with that of its FP8 scales.
 
     Args:
         model: with all its parameters, of whatever device.
@@ -182,13 +238,13 @@ def plan(model: PreTrainedModel, shards: Shards, block: Block | None, left_out: 
             f"model.path: {shards.folder} lacks {len(missing)} weights, e.g. {missing[0]}, which would be random: the "
             "folder is incomplete or belongs to another architecture"
         )
-    moves = [_move(name, place, shards, block) for name, place in wanted.items()]
-    if block is not None and all(move.scale is None for move in moves):
+    scales = {name: _scale(name, place, shards, block) for name, place in wanted.items()}
+    if block is not None and not any(scales.values()):
         raise ValueError(
             f"model.path: {shards.folder}: its config.json speaks of FP8 weights and none of them is: take "
             "quantization_config out of it, if the weights are plain ones"
         )
-    used = wanted.keys() | {move.scale for move in moves} | set(left_out)
+    used = wanted.keys() | set(scales.values()) | set(left_out)
     tied = _tied(model)
     surplus = sorted(name for name in shards.keys() - used if not _NOT_NEEDED.search(name) and name not in tied)
     if surplus:
@@ -202,7 +258,7 @@ def plan(model: PreTrainedModel, shards: Shards, block: Block | None, left_out: 
                 f"model.path: {shards.folder} ties {name} to {tied[name]}, but holds different values for them: set "
                 "tie_word_embeddings to false in its config.json"
             )
-    return moves
+    return scales
 
 
 def _block(shards: Shards, config: Any) -> Block | None:
@@ -219,15 +275,26 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", {}))
 
 
-def _move(name: str, place: Tensor, shards: Shards, block: Block | None) -> Move:
+def _scale(name: str, place: Tensor, shards: Shards, block: Block | None) -> str | None:
     stored = shards[name]
     where = f"model.path: {shards.folder}"
     if stored.shape != tuple(place.shape):
         raise ValueError(f"{where}: {name} has shape {list(stored.shape)}, config.json asks for {list(place.shape)}")
     try:
-        return Move(name, place, scale_of(name, shards, block))
+        return scale_of(name, shards, block)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """New memory is not filled with NaN, which deterministic algorithms bring along: it would all be taken at once."""
+    switch: Any = torch.utils.deterministic  # a module that is an object: its one attribute is a property
+    before, switch.fill_uninitialized_memory = switch.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        switch.fill_uninitialized_memory = before
 
 
 @contextmanager

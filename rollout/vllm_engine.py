@@ -281,7 +281,8 @@ class VllmEngine:
                 experts = None
                 if job.experts and not self._on_cpu:
                     experts = returned_experts(output, self._llm.model_config, _fed(job, output))
-                    assert experts is not None, f"vLLM returned too few rows of experts for request {name}"
+                    if experts is None:
+                        raise RuntimeError(f"vLLM returned too few rows of experts for request {name}")
                 return _Answer([] if before is None else list(before.logprobs), output, experts)
         raise AssertionError(f"vLLM ended request {name} without a finished output")
 
@@ -292,7 +293,8 @@ class VllmEngine:
         triples = list(zip(jobs, names, answers, strict=True))
         asked = [(name, _fed(job, answer.output)) for job, name, answer in triples if job.experts]
         [texts, *_] = await self._llm.collective_rpc("take_routing", args=(asked,))
-        assert None not in texts, f"the experts of request {asked[texts.index(None)][0]} were not captured"
+        if None in texts:
+            raise RuntimeError(f"the experts of request {asked[texts.index(None)][0]} were not captured")
         found = dict(zip((name for name, _ in asked), texts, strict=True))
         return [answer._replace(experts=found.get(name)) for _, name, answer in triples]
 

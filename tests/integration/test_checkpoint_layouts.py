@@ -18,7 +18,7 @@ from policy.checkpoint import load_checkpoint
 from policy.config import ModelConfig
 from policy.loading import load_policy
 from policy.parallel import Ranks
-from tests.integration.support.checkpoint_layouts import LOADING, SAVING, learner, load, save
+from tests.integration.support.checkpoint_layouts import ADAPTED, LOADING, SAVING, learner, load, save
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every layout's checkpoint, and what every layout made of them."""
     folder = tmp_path_factory.mktemp("layouts")
-    for name in (*SAVING, "bf16", "failing"):
+    for name in (*SAVING, ADAPTED, "bf16", "failing"):
         (folder / name).mkdir()
     command = [sys.executable, "-m", "tests.integration.support.checkpoint_layouts", str(folder)]
     threads = torch.get_num_threads()
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(ranks.pid, signal.SIGKILL)
-    torch.save({name: load(Ranks.alone(), folder / name) for name in SAVING}, folder / "found-one.pt")
+    torch.save({name: load(Ranks.alone(), folder / name) for name in (*SAVING, ADAPTED)}, folder / "found-one.pt")
     torch.set_num_threads(threads)
     return folder
 
@@ -59,13 +59,26 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("loading", LOADING)
-@pytest.mark.parametrize("saving", SAVING)
+@pytest.mark.parametrize("saving", (*SAVING, ADAPTED))
 def test_a_state_is_the_same_on_another_layout(folder: Path, saving: str, loading: str) -> None:
     truth, found = read(folder / saving / "truth.pt"), read(folder / f"found-{loading}.pt")[saving]
     assert found["extra"] == {"step": 2}
     assert_same(found["state"], truth["state"])
     assert found["loss"] == pytest.approx(truth["loss"], rel=0, abs=1e-9)
     assert any(key.startswith("optimizer.moments.") and key.endswith("exp_avg_sq") for key in truth["state"])
+
+
+def test_only_adapters_are_saved_and_the_folder_beside_them_is_merged(folder: Path) -> None:
+    truth = read(folder / ADAPTED / "truth.pt")
+    moments = [key for key in truth["state"] if key.startswith("optimizer.moments.")]
+    assert moments and all(".lora_" in key for key in moments)
+    merged, _ = load_policy(ModelConfig(path=str(folder / ADAPTED / "step-000002" / "model")), seed=0)
+    one = learner(Ranks.alone(), seed=0, adapted=True)
+    load_checkpoint(folder / ADAPTED / "step-000002", one)
+    tokens = torch.tensor([[9, 10, 11, 12, 13]])
+    with torch.no_grad():
+        expected, found = one.model(tokens).logits, merged.double()(tokens).logits
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)  # the folder is in fp32
 
 
 def test_the_layouts_trained_alike(folder: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from policy.checkpoint import save_model
 from policy.parallel import Ranks
+from policy.tokenizer import build_tokenizer
 from tests.integration.support import ranks as support
 from tests.integration.support.spoilt_ranks import PARAMETER, VICTIM, spoilt
 
@@ -31,6 +33,7 @@ def alone(kind: str, steps: int) -> dict[str, Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Of 2 and of 4 ranks, what each rank wrote down."""
     folder = tmp_path_factory.mktemp("ranks")
+    save_model(support.policy(torch.float32, **support.LARGE), build_tokenizer(), folder / "large")
     # A server that has imported everything forks the ranks: six processes for the price of one.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.integration.support.ranks"])
@@ -123,6 +126,15 @@ def test_no_rank_holds_the_whole_model_during_a_sync(found: dict[int, list[dict[
         assert memory["whole"] > 200
         assert memory["streamed"] < 0.25 * memory["whole"], memory
         assert memory["kept"] > 0.8 * memory["whole"], "a sync that keeps what it gathers would be seen"
+
+
+def test_no_rank_holds_the_whole_model_while_it_is_loaded(found: dict[int, list[dict[str, Any]]]) -> None:
+    """Half of it, and a layer of twenty."""
+    for rank in found[2]:
+        loading, whole = rank["loading"], rank["memory"]["whole"]
+        assert loading["wrong"] == 0
+        assert loading["by layer"] < 0.75 * whole and loading["adapted"] < 0.75 * whole, loading
+        assert loading["whole"] > 0.9 * whole, "a rank that loads the whole model would be seen"
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -79,6 +79,16 @@ def test_every_property_holds_on_a_small_recipe(tmp_path: Path) -> None:
     assert len(said.splitlines()) == len(PROPERTIES), "a line for each row, and nothing of any library"
 
 
+def test_adapters_too(tmp_path: Path) -> None:
+    """The engine gets them merged; a state holds them alone."""
+    only = "micro_batch,checkpointing,ranks,engine_decode,weight_sync,save_load"
+    status, rows, said = verify(tmp_path, "model.lora={rank: 4}", "--only", only)
+    assert status == 0, said
+    assert {name: row["ok"] for name, row in rows.items()} == dict.fromkeys(only.split(","), True)
+    assert max(rows[name]["worst"] for name in ("micro_batch", "checkpointing", "ranks")) < 1e-10
+    assert rows["save_load"]["worst"] == 0
+
+
 def test_ranks_that_do_not_add_up_and_experts_that_give_too_much_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,3 +120,28 @@ def test_json_says_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["show", str(tmp_path / "none.yaml"), "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer.keys() == {"error", "type"} and "none.yaml" in answer["error"]
+
+
+def test_what_this_machine_cannot_carry_is_refused_by_the_dry_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    line = dry_run(capsys, "stages.grpo.optimizer.offload=true")
+    assert "stages.grpo.optimizer.offload" in line and "there is no GPU here" in line
+    line = dry_run(capsys, "parallel.ranks=100000")
+    assert "parallel.ranks is 100000" in line and "at most" in line
+
+
+def test_a_run_folder_as_a_model_is_told_where_its_model_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("01-sft", "02-grpo"):
+        (tmp_path / "mine" / stage / "model").mkdir(parents=True)
+        (tmp_path / "mine" / stage / "model/config.json").write_text("{}")
+    line = dry_run(capsys, "model.preset=null", f"model.path={tmp_path}/mine", "model.overrides={}")
+    assert f"the last model of this run is {tmp_path}/mine/02-grpo/model" in line
+
+
+def test_verify_blames_its_own_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(MINI), "--model", str(tmp_path / "none")]) == 1
+    assert f"--model: there is no folder {tmp_path}/none" in capsys.readouterr().err

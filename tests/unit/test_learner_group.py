@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.actors import LocalHandle, settle
 from pipelines.learner_group import LearnerGroup
-from pipelines.resources import check_gpus
+from pipelines.resources import check_gpus, check_here
 from rollout.engine import EngineConfig, EngineDied
 
 GRACE_S = 0.3
@@ -132,3 +132,25 @@ def test_learner_ranks_take_a_gpu_each(gpus: int, learners: int, workers: int, f
         return
     with pytest.raises(ValueError, match=rf"beside the learner's {learners} \(parallel\.ranks\)"):
         check_gpus(engine, gpus, learners)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "learners", "offloading", "words"),
+    [
+        (0, 8, None, None),
+        (0, 9, None, "parallel.ranks is 9, and 2 CPU cores and no GPU may be used here: at most 8"),
+        (0, 1, "stages.rl.optimizer.offload", "stages.rl.optimizer.offload keeps the state of a GPU's model"),
+        (2, 1, "stages.rl.optimizer.offload", None),
+        (2, 9, None, "beside the learner's 9"),
+    ],
+)
+def test_what_this_machine_cannot_carry_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, learners: int, offloading: str | None, words: str | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    told: str | None = None
+    try:
+        check_here(EngineConfig(), cores=2, learners=learners, offloading=offloading)
+    except ValueError as error:
+        told = str(error)
+    assert told is None if words is None else told is not None and words in told

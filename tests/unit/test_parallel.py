@@ -64,7 +64,6 @@ def test_a_rank_alone_is_given_everything_and_costs_nothing() -> None:
     micros = pack(samples([5, 9]), 8)
     assert [micro for micro, _ in ranks.share(micros)] == micros
     assert ranks.total(values) is values and ranks.largest(values) is values
-    ranks.barrier()
     model = policy()
     shard(model, ranks)
     assert sharded(model) is None and within(model, lambda x: x + 1, 2) == 3

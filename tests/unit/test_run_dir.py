@@ -27,10 +27,10 @@ from pipelines.run_dir import (
     RunDirError,
     StageDir,
     brief,
-    model_folder,
     read_json,
     step_name,
 )
+from pipelines.run_models import model_folder
 from policy.manifest import write_manifest
 from rollout.types import Completion, FinishReason, Problem, Rollout, RolloutGroup
 

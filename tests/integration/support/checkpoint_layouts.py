@@ -24,8 +24,9 @@ from torch._C._distributed_c10d import FileStore
 
 from policy import state as stored
 from policy.checkpoint import CheckpointError, load_checkpoint
-from policy.config import LearnerConfig, LossConfig, OptimizerConfig, ParallelConfig
+from policy.config import LearnerConfig, LoraConfig, LossConfig, OptimizerConfig, ParallelConfig
 from policy.learner import Learner
+from policy.lora import add_adapters
 from policy.parallel import Ranks, shard, whole
 from policy.saver import Saver
 from policy.tokenizer import build_tokenizer
@@ -39,11 +40,14 @@ LAYOUTS = {
     "grid": ParallelConfig(ranks=4, expert_parallel=2),
 }
 SAVING, LOADING = ("one", "fsdp2", "grid"), ("one", "ep2", "fsdp4")
+ADAPTED = "lora"  # the folder of adapters that "fsdp2" saves; every layout loads it too
 
 
-def learner(ranks: Ranks, *, seed: int, dtype: torch.dtype = torch.float64) -> Learner:
-    """A learner of a small policy, sharded over the ranks."""
+def learner(ranks: Ranks, *, seed: int, dtype: torch.dtype = torch.float64, adapted: bool = False) -> Learner:
+    """A learner of a small policy, sharded over the ranks; ``adapted``: only adapters in it are trained."""
     model = policy(dtype, seed=seed)
+    if adapted:
+        add_adapters(model, LoraConfig(rank=4), seed=seed)
     shard(model, ranks)
     return Learner(
         model,
@@ -67,7 +71,7 @@ def contents(tree: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def save(ranks: Ranks, folder: Path, dtype: torch.dtype = torch.float64) -> None:
     """Two steps, a checkpoint in the background, and the third step meanwhile."""
-    one = learner(ranks, seed=0, dtype=dtype)
+    one = learner(ranks, seed=0, dtype=dtype, adapted=folder.name == ADAPTED)
     for number in range(2):
         step(one, number)
     kept = contents(one.state_dict())
@@ -89,7 +93,7 @@ def contents_of_one(one: Learner, ranks: Ranks) -> dict[str, Tensor]:
 
 def load(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """What a fresh learner of this layout makes of a checkpoint: its state, and the loss of the next step."""
-    one = learner(ranks, seed=7)
+    one = learner(ranks, seed=7, adapted=folder.name == ADAPTED)
     step(one, 9)  # moments of its own, which must not stay
     extra = load_checkpoint(folder / "step-000002", one)
     return {"extra": extra, "state": contents(one.state_dict()), "loss": step(one, 2)}
@@ -137,9 +141,10 @@ def run_rank(layout: str, rank: int, folder: Path) -> None:
     as_loaded = Ranks(rank, world, LAYOUTS[loading].expert_parallel, ranks.device)
     found: dict[str, Any] = {}
     if world == 2:
+        save(ranks, folder / ADAPTED)
         save(ranks, folder / "bf16", torch.bfloat16)
         found["failing"] = fail(ranks, folder / "failing")
-    for name in SAVING:
+    for name in (*SAVING, ADAPTED):
         wait_for(folder / name / "truth.pt")
         found[name] = load(as_loaded, folder / name)
     if rank == 0:

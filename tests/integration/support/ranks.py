@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import threading
 import time
@@ -19,8 +20,9 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from pipelines.weight_sync import SentTensors, sender
 from policy.batch import Sample
-from policy.config import LearnerConfig, LoraConfig, LossConfig, OptimizerConfig, ParallelConfig
+from policy.config import LearnerConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from policy.learner import Learner
+from policy.loading import open_policy
 from policy.lora import add_adapters
 from policy.loss import Denominators
 from policy.model import PolicyModel, checkpoint_tensors
@@ -28,6 +30,7 @@ from policy.optimizer import PolicyOptimizer
 from policy.parallel import Ranks, shard
 from policy.presets import preset_config
 from policy.scorer import reference_policy
+from policy.shards import Shards
 
 SMALL = {
     "hidden_size": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "num_hidden_layers": 3, "first_k_dense_replace": 1,
@@ -190,6 +193,29 @@ def memory(ranks: Ranks) -> dict[str, float]:
     return {name: size / 1e6 for name, size in found.items()}
 
 
+def loading(ranks: Ranks, folder: Path) -> dict[str, float]:
+    """MB that this process took at most to load a model and shard it: a layer at a time, and whole first.
+
+    ``wrong``: tensors of either, and of a model with adapters, that are not the folder's.
+    """
+    found, wrong = {}, 0
+    for name, lora in (("by layer", None), ("adapted", LoraConfig(rank=4)), ("whole", None)):
+        with peak_growth() as grown:
+            opened = open_policy(ModelConfig(path=str(folder), lora=lora), seed=0)
+            if name == "whole":
+                opened.fill(opened.model)
+            shard(opened.model, ranks, opened.fill)
+            opened.close()
+        found[name] = grown[0] / 1e6
+        with Shards(folder) as stored:
+            sent = dict(SentTensors(opened.model, "float32")())
+            assert sent.keys() == stored.keys()
+            wrong += sum(not torch.equal(tensor, stored.read(key)) for key, tensor in sent.items())
+        del opened, sent
+        gc.collect()
+    return {**found, "wrong": wrong}
+
+
 @contextmanager
 def peak_growth() -> Iterator[list[int]]:
     """How many bytes of its own this process held at most beyond what it holds now, looked at every millisecond."""
@@ -238,7 +264,8 @@ def work(rank: int, size: int, folder: str) -> None:
                 found[f"fault {name}"] = train(both, steps=STEPS[:1])
         for width in (1, 2):
             found[f"recomputed x{width}"] = train(Ranks(rank, size, width), steps=STEPS[:1], recompute="layer")
-        found["memory"] = memory(both)
-    torch.save(found if rank == 0 else {"memory": found.get("memory")}, f"{folder}/{size}-{rank}.pt")
+        found["memory"], found["loading"] = memory(both), loading(both, Path(folder) / "large")
+    kept = found if rank == 0 else {name: found.get(name) for name in ("memory", "loading")}
+    torch.save(kept, f"{folder}/{size}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
