@@ -10,8 +10,7 @@ from typing import Any
 
 from rollout.engine import EngineConfig
 
-# Learner ranks that one CPU core may be asked to carry: each is a process that holds the libraries and, while it loads,
-# the whole model.
+# Learner ranks that one CPU core may be asked to carry: each is a process with all libraries in memory.
 RANKS_PER_CORE = 4
 
 
@@ -51,7 +50,7 @@ def check_here(engine: EngineConfig, *, cores: int, learners: int, offloading: s
     if gpus == 0 and learners > RANKS_PER_CORE * cores:
         raise ValueError(
             f"parallel.ranks is {learners}, and {cores} CPU {'core' if cores == 1 else 'cores'} and no GPU may be used "
-            f"here: at most {RANKS_PER_CORE * cores} (each rank is a process with a model), or name a cluster in "
+            f"here: at most {RANKS_PER_CORE * cores} (each rank is a process of its own), or name a cluster in "
             "run.ray_address"
         )
 
