@@ -283,13 +283,14 @@ def _guarded(
         if verb is _show:  # `r1 show … | head`: the reader has seen enough
             return _DONE
         return _fail(answer, f"a reader went away ({error}); the same command goes on from here", "BrokenPipeError")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Ray's handler of SIGTERM, in force while a cluster is being joined, leaves with the signal's number.
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:
+            said = f"code of yours ended the program (SystemExit: {stop.code})"
+            return _fail(answer, f"{said}; take sys.exit out of what the recipe names", "SystemExit")
         anew = verb in (_verify, _VERBS["replay"][0])  # nothing of these is kept
         how = "the same command begins again" if anew else "the same command goes on from here"
         return _fail(answer, f"interrupted; {how}", "KeyboardInterrupt")
-    except SystemExit as stop:
-        text = f"code of yours ended the program (SystemExit: {stop.code}); take sys.exit out of what the recipe names"
-        return _fail(answer, text, "SystemExit")
     except BaseException as error:  # the outermost boundary: whatever happens ends in one line
         if options.debug:
             traceback.print_exc()

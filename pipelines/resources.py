@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
+from policy.errors import one_line
 from rollout.engine import EngineConfig
 
-# Learner ranks that one CPU core may be asked to carry: each is a process with all libraries in memory.
-RANKS_PER_CORE = 4
+# Learner ranks, or rollout workers, that one CPU core may be asked to carry: each is a process with all libraries in
+# memory.
+PER_CORE = 4
+# Whoever does not answer within this is not there; Ray would go on trying without a word.
+_ANSWER_S = 10.0
 
 
 def own_cores(limit: int) -> list[int]:
@@ -47,12 +52,13 @@ def check_here(engine: EngineConfig, *, cores: int, learners: int, offloading: s
             f"{offloading} keeps the state of a GPU's model in the CPU's memory, and there is no GPU here: set it to "
             "false, or name a cluster in run.ray_address"
         )
-    if gpus == 0 and learners > RANKS_PER_CORE * cores:
-        raise ValueError(
-            f"parallel.ranks is {learners}, and {cores} CPU {'core' if cores == 1 else 'cores'} and no GPU may be used "
-            f"here: at most {RANKS_PER_CORE * cores} (each rank is a process of its own), or name a cluster in "
-            "run.ray_address"
-        )
+    have = f"{cores} CPU {'core' if cores == 1 else 'cores'} and no GPU may be used here"
+    for key, count in (("parallel.ranks", learners), ("engine.workers", engine.workers)):
+        if gpus == 0 and count > PER_CORE * cores:
+            raise ValueError(
+                f"{key} is {count}, and {have}: at most {PER_CORE * cores} (each is a process of its own), or name a "
+                "cluster in run.ray_address"
+            )
 
 
 def count_gpus() -> int:
@@ -70,11 +76,17 @@ def actor(service: type, **options: Any) -> Any:
 
 
 def start_ray(address: str | None, cores: int) -> None:
-    """Joins the cluster at ``address``, or starts Ray on this machine, unless this process has one already."""
+    """Joins the cluster at ``address``, or starts Ray on this machine, unless this process has one already.
+
+    Raises:
+        ValueError: there is no cluster at the address.
+    """
     import ray
 
     if ray.is_initialized():
         return
+    if address is not None:
+        _check_answers(address)
     # A thread that spins for long while it waits takes the core from whoever it waits for: on a busy machine a
     # learner's step was seen to take ten times as long. One that sleeps at once costs half the speed of an idle
     # machine, whose waits are short. Inherited by every actor; read when OpenMP (GNU's) is loaded.
@@ -83,10 +95,28 @@ def start_ray(address: str | None, cores: int) -> None:
         "num_cpus": cores + 8, "include_dashboard": False, "object_store_memory": 256 * 2**20,
     }  # fmt: skip
     asked_to_end = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="r1", **local)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="r1", **local)
+    except (ConnectionError, ValueError) as error:
+        if address is None:
+            raise
+        raise ValueError(f"run.ray_address {address}: no cluster can be joined there ({one_line(error)})") from error
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler ends a driver with a stack trace; a run ends in one line and lets go of its folder.
         signal.signal(signal.SIGTERM, asked_to_end)
+
+
+def _check_answers(address: str) -> None:
+    """Sees that somebody listens at a host and port; ``auto`` and ``local`` are Ray's to find."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"run.ray_address {address}: nobody answers there ({one_line(error)}); is the cluster up (ray status)?"
+        ) from error
 
 
 def gpus_of_one(gpus: int) -> float:

@@ -83,6 +83,7 @@ def check_recipe(recipe: Recipe, problems: ProblemSets) -> dict[str, Any]:
     _check_machine(recipe)
     mtp = check_model(recipe.model)
     check_layout(recipe.model, recipe.parallel)
+    _check_tensor_parallel(recipe)
     stages = []
     for stage in recipe.stages:
         entry: dict[str, Any] = {"name": stage.name, "kind": stage.kind}
@@ -117,6 +118,7 @@ def _check_machine(recipe: Recipe) -> None:
     Raises:
         ValueError: it cannot.
     """
+    cores = len(own_cores(recipe.run.cpus))
     if recipe.run.ray_address is not None:
         return
     offloading = (
@@ -124,8 +126,23 @@ def _check_machine(recipe: Recipe) -> None:
         for stage in recipe.stages
         if isinstance(stage, SftStage | GrpoStage) and stage.optimizer.offload
     )
-    cores = len(own_cores(recipe.run.cpus))
     check_here(recipe.engine, cores=cores, learners=recipe.parallel.ranks, offloading=next(offloading, None))
+
+
+def _check_tensor_parallel(recipe: Recipe) -> None:
+    """Sees that an engine's ranks can share the heads; vLLM would refuse it when the first stage has been trained.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    from policy.presets import config_of
+
+    heads = getattr(config_of(recipe.model).get_text_config(), "num_attention_heads", None)
+    if heads is not None and heads % recipe.engine.tensor_parallel:
+        raise ValueError(
+            f"engine.tensor_parallel is {recipe.engine.tensor_parallel}, which does not divide the model's {heads} "
+            "attention heads: set it to a divisor"
+        )
 
 
 def _know_model(recipe: Recipe, run: RunDir) -> None:

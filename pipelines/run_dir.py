@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -79,6 +80,9 @@ class RunConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.cpus < 0:
             raise ValueError(f"cpus must be >= 0 (0 takes all), got {self.cpus}")
+        address = self.ray_address
+        if address is not None and not re.fullmatch(r"auto|local|.+:\d{1,5}", address):
+            raise ValueError(f"ray_address must be auto or host:port (null starts Ray here), got {address!r}")
         if not self.dir:
             raise ValueError("dir must name a folder, got an empty text")
 

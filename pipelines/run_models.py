@@ -40,7 +40,7 @@ def _checkpoint_model(path: Path, which: str) -> Path:
     steps = {int(each.parent.name.removeprefix("step-")): each.parent for each in parent.glob("step-*/complete.json")}
     kept = ", ".join(map(str, sorted(steps)))
     if which != "best":
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise ValueError(f"{parent} holds no checkpoint {which!r}: take last, best or one of {kept}")
         return _whole_model(steps[int(which)])
     scores: dict[int, float] = {}

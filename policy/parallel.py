@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -31,7 +32,7 @@ from policy.batch import MicroBatch, Sample, cut, pack
 from policy.config import ParallelConfig
 from policy.expert_parallel import ExpertExchange
 from policy.experts import Experts
-from policy.layout import check_split
+from policy.layout import check_split, no_layers
 from policy.lora import is_adapter
 
 # A rank waits this long for the others; a rank that dies is noticed by who started it, long before.
@@ -103,13 +104,14 @@ class Ranks:
     def total(self, values: Tensor) -> Tensor:
         """Sum over the ranks, in fp64; the same bits on every rank, because all of them add in the order of ranks."""
         values = values.double()
-        return values if self.size == 1 else torch.stack(self._from_all(values)).sum(dim=0)
+        return values if self.size == 1 else torch.stack(self.from_all(values)).sum(dim=0)
 
     def largest(self, values: Tensor) -> Tensor:
         """Maximum over the ranks; a NaN on any of them wins."""
-        return values if self.size == 1 else torch.stack(self._from_all(values)).amax(dim=0)
+        return values if self.size == 1 else torch.stack(self.from_all(values)).amax(dim=0)
 
-    def _from_all(self, values: Tensor) -> list[Tensor]:
+    def from_all(self, values: Tensor) -> list[Tensor]:
+        """Every rank's values, rank 0's first; all ranks call this."""
         found = values.detach().to(self.device).contiguous()
         parts = [torch.empty_like(found) for _ in range(self.size)]
         dist.all_gather(parts, found)
@@ -181,11 +183,13 @@ def shard(model: PreTrainedModel, ranks: Ranks, fill: Callable[[nn.Module], None
             and its whole weights are let go, and for the model in the end.
 
     Raises:
-        ValueError: expert parallelism of a model without routed experts, or whose experts cannot be dealt out.
+        ValueError: expert parallelism of a model without routed experts, or whose experts cannot be dealt out; ranks
+            that hold different weights.
     """
     if ranks.size == 1:
         return fill(model)
     _check(model, ranks)
+    same = _SameWeights(ranks)
     memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     root = Sharded(model, ranks, copy.deepcopy(model, memo))
     half = model.dtype in (torch.bfloat16, torch.float16)
@@ -199,6 +203,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, fill: Callable[[nn.Module], None
     line = init_device_mesh(kind, (ranks.size,), mesh_dim_names=("ranks",))
     for layer in _layers(model):
         fill(layer)
+        same.look(layer)
         wide = _in_fp32(layer) if half else []
         _widen(layer, precision.param_dtype)
         for module in layer.modules():
@@ -209,6 +214,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, fill: Callable[[nn.Module], None
             _fully_shard(wide, line, MixedPrecisionPolicy(cast_forward_inputs=False))
         _fully_shard(layer, line, precision)
     fill(model)
+    same.look(model)
+    same.check(type(model).__name__)
     _widen(root, precision.param_dtype)
     _fully_shard(root, line, precision)
     for module in root.modules():
@@ -293,6 +300,35 @@ def by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
+class _SameWeights:
+    """Sees that all ranks hold the same weights before they are cut: of different ones each would keep its own part."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._digest = ranks, xxhash.xxh3_128()
+
+    @torch.no_grad()
+    def look(self, part: nn.Module) -> None:
+        """At what is whole in a part of the model."""
+        for tensor in (*part.parameters(), *part.buffers()):
+            if not isinstance(tensor, DTensor) and tensor.numel():
+                plain: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                self._digest.update(plain)
+
+    def check(self, name: str) -> None:
+        """All ranks call this.
+
+        Raises:
+            ValueError: they do not hold the same.
+        """
+        own = torch.frombuffer(bytearray(self._digest.digest()), dtype=torch.uint8)
+        first, *others = self._ranks.from_all(own)
+        if different := [rank for rank, found in enumerate(others, start=1) if not torch.equal(found, first)]:
+            raise ValueError(
+                f"learner rank {different[0]} holds other weights of {name} than rank 0, and each would keep its part "
+                "of its own: make model.path the same folder on every machine"
+            )
+
+
 class _Gathered:
     """Gives parameters on the meta device the values of another model's of the same modules, which is sharded."""
 
@@ -346,15 +382,18 @@ def _deal_out(experts: Experts, mesh: DeviceMesh) -> None:
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers; of layers within layers (Mamba's) the outer ones."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {part for module in found for part in module.modules() if part is not module}
+    return [module for module in found if module not in inside]
 
 
 def _check(model: PreTrainedModel, ranks: Ranks) -> None:
     name = type(model).__name__
-    if not _layers(model):
-        raise ValueError(f"parallel.ranks is {ranks.size}, but {name} names no decoder layers to shard: set it to 1")
     counts = [module.count for module in model.modules() if isinstance(module, Experts)]
     adapted = any(is_adapter(n) and ".experts." in n for n, _ in model.named_parameters())
     layout = ParallelConfig(ranks=ranks.size, expert_parallel=ranks.expert_parallel)
+    if not _layers(model):
+        raise no_layers(name, layout)
     check_split(name, counts[0] if counts else 0, layout, adapted=adapted)

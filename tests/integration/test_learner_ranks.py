@@ -138,6 +138,13 @@ def test_no_rank_holds_the_whole_model_while_it_is_loaded(found: dict[int, list[
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_hold_different_weights_are_refused(found: dict[int, list[dict[str, Any]]], size: int) -> None:
+    """One value of one tensor on one rank, which would stay where that rank's part is."""
+    told = "learner rank 1 holds other weights of PolicyModel than rank 0"
+    assert [rank["different"][: len(told)] for rank in found[size]] == [told] * size
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_all_ranks_decide_alike_on_what_went_wrong_on_one(found: dict[int, list[dict[str, Any]]], size: int) -> None:
     """That they came to an end says it too: ranks that do not skip the same update wait for each other for ever."""
     first, *others = found[size][0]["spoilt"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,8 +130,26 @@ def test_what_this_machine_cannot_carry_is_refused_by_the_dry_run(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     line = dry_run(capsys, "stages.grpo.optimizer.offload=true")
     assert "stages.grpo.optimizer.offload" in line and "there is no GPU here" in line
-    line = dry_run(capsys, "parallel.ranks=100000")
-    assert "parallel.ranks is 100000" in line and "at most" in line
+    for key in ("parallel.ranks", "engine.workers"):
+        line = dry_run(capsys, f"{key}=100000")
+        assert f"{key} is 100000" in line and "at most" in line
+    assert "run.cpus is 999" in dry_run(capsys, "run.cpus=999", "run.ray_address=auto")
+    assert "does not divide the model's 4 attention heads" in dry_run(capsys, "engine.tensor_parallel=3")
+
+
+@pytest.mark.parametrize("address", ["", "garbage", "host:", "host:port"])
+def test_an_address_that_is_none(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "ray_address must be auto or host:port" in dry_run(capsys, f"run.ray_address={address!r}")
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        began = time.monotonic()
+        assert cli.main(["run", str(MINI), f"run.dir={tmp_path}", f"run.ray_address={address}"]) == 1
+    assert f"r1: run.ray_address {address}: nobody answers there" in capsys.readouterr().err
+    assert time.monotonic() - began < 60
 
 
 def test_a_run_folder_as_a_model_is_told_where_its_model_lies(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BioGptConfig, MambaConfig, MambaForCausalLM
 
 from policy.batch import Sample, pack
 from policy.config import LoraConfig, ModelConfig, ParallelConfig
 from policy.layout import check_layout
 from policy.model import checkpoint_tensors
-from policy.parallel import Outlines, Ranks, pack_for, shard, sharded, within
+from policy.parallel import Outlines, Ranks, _layers, pack_for, shard, sharded, within
 from tests.integration.support.ranks import MODELS, adapted, dense, policy
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
@@ -109,3 +111,19 @@ def test_a_model_without_routed_experts_is_refused_early(tmp_path: Any) -> None:
     check_layout(model, ParallelConfig(ranks=2))
     with pytest.raises(ValueError, match="has no routed experts of DeepSeek-V3's kind to share out: set it to 1"):
         check_layout(model, two)
+
+
+def test_of_layers_within_layers_the_outer_ones_are_cut() -> None:
+    config = MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False)
+    with torch.device("meta"):
+        model = MambaForCausalLM(config)
+    assert len(model._no_split_modules or ()) > 1
+    assert [type(layer).__name__ for layer in _layers(model)] == ["MambaBlock"] * 2
+
+
+def test_a_model_without_known_layers_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    BioGptConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    model = ModelConfig(path=str(tmp_path))
+    check_layout(model, ParallelConfig())
+    with pytest.raises(ValueError, match=r"parallel\.ranks is 2, but BioGptForCausalLM names no decoder layers"):
+        check_layout(model, ParallelConfig(ranks=2))

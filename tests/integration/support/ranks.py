@@ -216,6 +216,18 @@ def loading(ranks: Ranks, folder: Path) -> dict[str, float]:
     return {**found, "wrong": wrong}
 
 
+def different(ranks: Ranks) -> str:
+    """What a rank is told whose model is not the others'."""
+    model = policy()
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.shared_experts.up_proj.weight")[3, 4] += ranks.rank
+    try:
+        shard(model, ranks)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @contextmanager
 def peak_growth() -> Iterator[list[int]]:
     """How many bytes of its own this process held at most beyond what it holds now, looked at every millisecond."""
@@ -265,7 +277,8 @@ def work(rank: int, size: int, folder: str) -> None:
         for width in (1, 2):
             found[f"recomputed x{width}"] = train(Ranks(rank, size, width), steps=STEPS[:1], recompute="layer")
         found["memory"], found["loading"] = memory(both), loading(both, Path(folder) / "large")
-    kept = found if rank == 0 else {name: found.get(name) for name in ("memory", "loading")}
+    found["different"] = different(Ranks(rank, size))
+    kept = found if rank == 0 else {name: found.get(name) for name in ("memory", "loading", "different")}
     torch.save(kept, f"{folder}/{size}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
