@@ -86,6 +86,7 @@ class Shards(Mapping[str, Stored]):
             if name not in self._stored or self._stored[name].file.name != Path(place).name:
                 raise ValueError(f"{INDEX} says that {name} lies in {place}, and it does not")
         self._open: tuple[Path, BinaryIO] | None = None
+        self._staging = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def __getitem__(self, name: str) -> Stored:
         return self._stored[name]
@@ -141,10 +142,16 @@ class Shards(Mapping[str, Stored]):
         rows = max(1, _PIECE * max(len(place), 1) // max(stored.size, 1)) if stored.shape else 1
         start = stored.start
         for part in place.split(rows) if stored.shape else (place,):
-            piece = torch.empty(part.shape, dtype=stored.dtype, device="cpu")
+            piece = self._piece(part.numel() * stored.dtype.itemsize).view(stored.dtype).view(part.shape)
             self._fill(name, piece, start)
             part.copy_(piece)
             start += piece.numel() * piece.element_size()
+
+    def _piece(self, size: int) -> Tensor:
+        """Memory for so many bytes, always the same: holes of many pieces would add up beside the model."""
+        if len(self._staging) < size:
+            self._staging = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return self._staging[:size]
 
     def _fill(self, name: str, target: Tensor, start: int) -> None:
         """Reads bytes from ``start`` on into a contiguous tensor on the CPU."""
